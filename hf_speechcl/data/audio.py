@@ -1,0 +1,65 @@
+"""One clip: encoded bytes or a file → float32 mono samples at the model's rate."""
+
+import io
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+
+class AudioError(ValueError):
+    """A clip that cannot be used. The message says what is wrong with it; the caller knows its name."""
+
+
+def _open(audio: dict[str, Any]) -> soundfile.SoundFile:
+    source = io.BytesIO(audio["bytes"]) if audio.get("bytes") is not None else audio.get("path")
+    if source is None:
+        raise AudioError("no audio: neither bytes nor a path")
+    try:
+        return soundfile.SoundFile(source)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
+        raise AudioError("empty file" if size == 0 else f"not readable as audio ({error})") from None
+
+
+def read_duration(audio: dict[str, Any]) -> float:
+    """Seconds of a clip `{"bytes", "path"}` by its header, without decoding it.
+
+    Raises:
+        AudioError: not an audio file, or one without samples.
+    """
+    with _open(audio) as file:
+        if file.frames <= 0:
+            raise AudioError("no samples")
+        return file.frames / file.samplerate
+
+
+def read_audio(audio: dict[str, Any], sampling_rate: int, start: float = 0.0, duration: float | None = None) -> np.ndarray:
+    """Decode a clip `{"bytes", "path"}`, mix it down to one channel and resample it.
+
+    Args:
+        sampling_rate: of the result, in Hz.
+        start, duration: the part to read, in seconds; to the end by default.
+
+    Returns:
+        (S,) float32 in [-1, 1].
+
+    Raises:
+        AudioError: not an audio file, truncated (fewer samples than its header says), or not finite.
+    """
+    with _open(audio) as file:
+        rate = file.samplerate
+        first = min(round(start * rate), file.frames)
+        count = file.frames - first if duration is None else min(round(duration * rate), file.frames - first)
+        try:
+            file.seek(first)
+            samples = file.read(count, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"cannot be decoded ({error})") from None
+    if len(samples) < count:
+        raise AudioError(f"truncated: {len(samples) / rate:.2f} s of {count / rate:.2f} s can be decoded")
+    if not np.isfinite(samples).all():
+        raise AudioError("holds samples that are not finite")
+    mono = samples.mean(axis=1)
+    return mono if rate == sampling_rate else soxr.resample(mono, rate, sampling_rate)

@@ -1,0 +1,83 @@
+"""Batches of clips of similar duration, filled to a number of seconds."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class DurationBatchSampler(Sampler):
+    """Batches whose padded duration, longest clip times number of clips, stays within a limit.
+
+    Clips are put into buckets of similar duration once; each epoch shuffles every bucket, cuts it into batches and
+    shuffles these. So the number of batches is the same in every epoch, which an exact resume rests on, and the order
+    is a function of (seed, epoch) alone.
+
+    Args:
+        durations: (N,) seconds of every clip.
+        max_seconds: limit of a batch, padding included. A clip that is longer makes a batch of its own.
+        seed: of the order.
+        shuffle: whether to shuffle; without, the batches run from long clips to short ones.
+        rank, world_size: every rank gets each world_size-th batch. In training the first batches are repeated to give
+            all ranks the same number; in evaluation (no shuffling) nothing is repeated.
+        tolerance: shortest clip of a bucket as a share of its longest, at most missing (0.1: clips of 9 to 10 s). A
+            bucket holds one full batch at least.
+
+    Yields:
+        Lists of keys (epoch, index) for `SpeechDataset`.
+    """
+
+    def __init__(
+        self,
+        durations: np.ndarray,
+        max_seconds: float,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        tolerance: float = 0.1,
+    ):
+        if len(durations) == 0:
+            raise ValueError("no clips to make batches of")
+        if max_seconds <= 0:
+            raise ValueError(f"max_seconds must be positive, found {max_seconds}")
+        self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
+        self.epoch = 0
+        self.drop_last = False
+        self.buckets = self._make_buckets(np.asarray(durations, dtype=np.float64), max_seconds, tolerance)
+        self.num_batches = sum(-(-len(bucket) // capacity) for bucket, capacity in self.buckets)
+
+    @staticmethod
+    def _make_buckets(durations, max_seconds, tolerance) -> list[tuple[np.ndarray, int]]:
+        """(indices, clips per batch) of every bucket, from the longest clips down."""
+        order = np.argsort(-durations, kind="stable")
+        descending = durations[order]
+        buckets, start = [], 0
+        while start < len(order):
+            longest = descending[start]
+            capacity = max(1, int(max_seconds / longest))
+            similar = np.searchsorted(-descending, -longest * (1 - tolerance), side="right") - start
+            size = max(similar // capacity, 1) * capacity
+            buckets.append((order[start : start + size], capacity))
+            start += size
+        return buckets
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return -(-self.num_batches // self.world_size)
+        return len(range(self.rank, self.num_batches, self.world_size))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        batches = []
+        for bucket, capacity in self.buckets:
+            indices = rng.permutation(bucket) if self.shuffle else bucket
+            batches += [indices[start : start + capacity] for start in range(0, len(indices), capacity)]
+        order = rng.permutation(len(batches)) if self.shuffle else np.arange(len(batches))
+        if self.shuffle:
+            order = np.resize(order, len(self) * self.world_size)
+        for position in order[self.rank :: self.world_size]:
+            yield [(self.epoch, int(index)) for index in batches[position]]

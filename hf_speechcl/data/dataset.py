@@ -1,0 +1,71 @@
+"""Corpus rows → decoded clips, for a DataLoader."""
+
+import logging
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset
+
+from .audio import AudioError, read_audio
+
+logger = logging.getLogger(__name__)
+
+
+class SpeechDataset(Dataset):
+    """Clips of a corpus, decoded when asked for.
+
+    Args:
+        corpus: rows as `load_corpus` gives them.
+        sampling_rate: of the model, in Hz.
+        seed: of everything drawn for a clip.
+        max_seconds: longer recordings are split into equal parts of at most this length; `None` leaves them whole.
+        min_seconds: shorter clips are left out; how many is logged.
+
+    Attributes:
+        durations: (N,) seconds of every clip.
+
+    `dataset[epoch, index]` is `{"index", "seed": (seed, epoch, index), "input_values": (S,) float32}`. What is drawn
+    for a clip depends on its seed alone, not on the batch it is in. A clip that cannot be decoded, or holds only zeros,
+    is logged by name and comes with `input_values` None, for the collator to count and leave out.
+    """
+
+    def __init__(
+        self,
+        corpus: datasets.Dataset,
+        sampling_rate: int,
+        seed: int = 0,
+        max_seconds: float | None = None,
+        min_seconds: float = 0.1,
+    ):
+        self.corpus, self.sampling_rate, self.seed = corpus, sampling_rate, seed
+        seconds = np.asarray(corpus["duration"], dtype=np.float64)
+        parts = np.ones(len(seconds), dtype=int) if max_seconds is None else np.ceil(seconds / max_seconds).astype(int)
+        parts = np.where(seconds < min_seconds, 0, np.maximum(parts, 1))
+        if (parts == 0).any():
+            logger.warning("%d of %d clips are shorter than %g s and left out", (parts == 0).sum(), len(parts), min_seconds)
+        if not parts.any():
+            raise ValueError(f"no clip is left of {len(seconds)}: all are shorter than min_seconds={min_seconds}")
+        self.rows = np.repeat(np.arange(len(seconds)), parts)
+        self.durations = np.repeat(seconds / np.maximum(parts, 1), parts)
+        self.starts = self.durations * np.concatenate([np.arange(count) for count in parts])
+        self.whole = np.repeat(parts == 1, parts)
+
+    @property
+    def hours(self) -> float:
+        return float(self.durations.sum() / 3600)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        row = self.corpus[int(self.rows[index])]
+        duration = None if self.whole[index] else self.durations[index]
+        try:
+            input_values = read_audio(row["audio"], self.sampling_rate, self.starts[index], duration)
+            if not input_values.any():
+                raise AudioError("digital silence")
+        except AudioError as error:
+            logger.warning("skipped %s: %s", row["id"], error)
+            input_values = None
+        return {"index": index, "seed": (self.seed, epoch, index), "input_values": input_values}

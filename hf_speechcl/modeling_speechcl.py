@@ -1,0 +1,416 @@
+"""SpeechCL encoder and its CTC and classification heads.
+
+A Hub repository carries this file and the configuration beside it; both import only torch and transformers.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.audio_utils import mel_filter_bank
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput, Wav2Vec2BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_speechcl import SpeechCLConfig
+
+REMOTE_CODE = {
+    "AutoConfig": "configuration_speechcl.SpeechCLConfig",
+    "AutoModel": "modeling_speechcl.SpeechCLModel",
+    "AutoModelForCTC": "modeling_speechcl.SpeechCLForCTC",
+    "AutoModelForAudioClassification": "modeling_speechcl.SpeechCLForSequenceClassification",
+}
+
+
+def length_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
+    """Boolean mask (B, max_length), true on the first `lengths[b]` positions of row b."""
+    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
+
+
+class SpeechCLLogMel(nn.Module):
+    """Normalised log-mel energies of a waveform, always in float32.
+
+    Frame t is centred on the t-th hop and is taken with zeros beyond both ends, so S samples give ceil(S / hop_length)
+    frames, and a recording cut at a multiple of the hop gives the frames of the whole but for those at the cut.
+    """
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__()
+        self.config = config
+        self.n_fft = 2 ** math.ceil(math.log2(config.frame_length))
+        window, filters = self.constants()
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hann window (frame_length,) and mel filters (n_fft / 2 + 1, num_mel_bins)."""
+        filters = mel_filter_bank(
+            num_frequency_bins=self.n_fft // 2 + 1,
+            num_mel_filters=self.config.num_mel_bins,
+            min_frequency=20.0,
+            max_frequency=self.config.sampling_rate / 2,
+            sampling_rate=self.config.sampling_rate,
+            mel_scale="kaldi",
+            triangularize_in_mel_space=True,
+        )
+        window = torch.hann_window(self.config.frame_length, periodic=False)
+        return window, torch.from_numpy(filters).to(torch.float32)
+
+    @torch.no_grad()
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        """(B, S) waveform in [-1, 1] → (B, ceil(S / hop_length), num_mel_bins)."""
+        hop, length = self.config.hop_length, self.config.frame_length
+        with torch.autocast(input_values.device.type, enabled=False):
+            left = (length - hop) // 2
+            right = length - hop - left + -input_values.shape[-1] % hop
+            frames = nn.functional.pad(input_values.float(), (left, right)).unfold(-1, length, hop)
+            frames = (frames - frames.mean(-1, keepdim=True)) * self.window.float()
+            power = torch.fft.rfft(frames, n=self.n_fft).abs().square()
+            energies = (power @ self.filters.float()).clamp_min(self.config.log_mel_floor)
+            return (energies.log() - self.config.log_mel_mean) / self.config.log_mel_std
+
+
+class SpeechCLSubsampling(nn.Module):
+    """Convolutions of stride 2 over time, each halving the frame rate; padding stays zero throughout."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__()
+        num_layers = int(math.log2(config.subsampling_factor))
+        widths = [config.num_mel_bins] + [config.conv_dim] * num_layers
+        self.layers = nn.ModuleList(nn.Conv1d(i, o, kernel_size=3, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, log_mel: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """(B, F, num_mel_bins), valid frames (B,) → (B, ceil(F / subsampling_factor), conv_dim)."""
+        hidden_states = log_mel.transpose(1, 2)  # (B, F, M) -> (B, M, F)
+        for layer in self.layers:
+            if lengths is not None:
+                hidden_states = hidden_states * length_mask(lengths, hidden_states.shape[-1])[:, None]
+                lengths = (lengths + 1) // 2
+            hidden_states = self.activation(layer(hidden_states.to(layer.weight.dtype)))
+        return hidden_states.transpose(1, 2)
+
+
+class SpeechCLRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), computed in float32."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
+
+    def frequencies(self) -> torch.Tensor:
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return self.config.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+    @torch.no_grad()
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) → cosines and sines, each (T, head_dim)."""
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.inv_freq.float()).repeat(1, 2)
+        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the channel pairs (d, d + D/2) of (B, N, T, D) by the angles of their positions."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention in plain matrix products: (B, N, T, D) queries, keys and values → (B, T, N, D), weights (B, N, T, T)."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class SpeechCLAttention(nn.Module):
+    """Multi-head self-attention over all frames, with rotary positions."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, attention_mask, position_embeddings, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # (B, T, H) -> (B, T, N, D) -> (B, N, T, D)
+        query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
+        key = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(hidden_states.shape)), weights
+
+
+class SpeechCLFeedForward(nn.Module):
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.activation_dropout)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
+
+
+class SpeechCLEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm Transformer layer: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SpeechCLAttention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = SpeechCLFeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states, attention_mask, position_embeddings, **kwargs):
+        attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, position_embeddings, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+
+
+class SpeechCLPreTrainedModel(PreTrainedModel):
+    config: SpeechCLConfig
+    base_model_prefix = "speechcl"
+    main_input_name = "input_values"
+    input_modalities = "audio"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SpeechCLEncoderLayer"]
+    _can_record_outputs = {"hidden_states": SpeechCLEncoderLayer, "attentions": SpeechCLAttention}
+    # Pre-training folders also hold the objectives' weights, which the other classes have no use for.
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d):
+            init.kaiming_normal_(module.weight)
+        elif isinstance(module, SpeechCLModel):
+            init.uniform_(module.masked_spec_embed)
+        elif isinstance(module, SpeechCLLogMel):
+            window, filters = module.constants()
+            init.copy_(module.window, window)
+            init.copy_(module.filters, filters)
+        elif isinstance(module, SpeechCLRotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies())
+
+    def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
+        """Encoder frames of a waveform of `input_lengths` samples (tensor or number)."""
+        return -(-input_lengths // self.config.inputs_to_logits_ratio)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; adds the two modelling files, so that the folder loads by
+        `trust_remote_code=True` where hf_speechcl is not installed."""
+        self.config.auto_map = dict(REMOTE_CODE)
+        super().save_pretrained(save_directory, **kwargs)
+        for name in ("configuration_speechcl.py", "modeling_speechcl.py"):
+            source, target = Path(__file__).with_name(name), Path(save_directory, name)
+            if source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
+
+
+class SpeechCLModel(SpeechCLPreTrainedModel):
+    """The encoder: waveform → log-mel → subsampling → masked spans → Transformer."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__(config)
+        self.log_mel = SpeechCLLogMel(config)
+        self.subsampling = SpeechCLSubsampling(config)
+        self.feature_norm = nn.LayerNorm(config.conv_dim, eps=config.layer_norm_eps)
+        self.feature_projection = nn.Linear(config.conv_dim, config.hidden_size)
+        self.feature_dropout = nn.Dropout(config.feat_proj_dropout)
+        self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
+        self.rotary_embedding = SpeechCLRotaryEmbedding(config)
+        self.layers = nn.ModuleList(SpeechCLEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        mask_time_indices: torch.Tensor | None = None,
+        mask_feature_indices: torch.Tensor | None = None,
+        **kwargs,
+    ) -> Wav2Vec2BaseModelOutput:
+        """Encode waveforms.
+
+        Args:
+            input_values: (B, S) float, mono, in [-1, 1], at `config.sampling_rate`.
+            attention_mask: (B, S), 1 on samples and 0 on padding at the end; `None` if nothing is padded.
+            mask_time_indices: (B, T) bool, encoder frames to replace by the learned mask vector.
+            mask_feature_indices: (B, num_mel_bins) bool, mel bins to replace by their mean.
+
+        Returns:
+            `last_hidden_state` (B, T, hidden_size) and `extract_features` (B, T, conv_dim), the latter taken before
+            masking, with T = ceil(S / inputs_to_logits_ratio); `hidden_states` and `attentions` when asked for.
+        """
+        if input_values.ndim != 2 or input_values.shape[1] == 0:
+            raise ValueError(f"input_values must be (batch, samples) with samples > 0, found {tuple(input_values.shape)}")
+        frame_lengths = None
+        if attention_mask is not None:
+            sample_lengths = attention_mask.sum(-1)
+            frame_lengths = self._get_feat_extract_output_lengths(sample_lengths)
+            attention_mask = length_mask(frame_lengths, self._get_feat_extract_output_lengths(input_values.shape[1]))
+            input_values = input_values * length_mask(sample_lengths, input_values.shape[1])
+
+        log_mel = self.log_mel(input_values)
+        if mask_feature_indices is not None:
+            log_mel = log_mel.masked_fill(mask_feature_indices[:, None].to(torch.bool), 0.0)
+        mel_lengths = None if frame_lengths is None else -(-sample_lengths // self.config.hop_length)
+        extract_features = self.feature_norm(self.subsampling(log_mel, mel_lengths))
+        hidden_states = self.feature_dropout(self.feature_projection(extract_features))
+        if mask_time_indices is not None:
+            mask = mask_time_indices.to(torch.bool)[..., None]
+            hidden_states = torch.where(mask, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
+
+        position_embeddings = self.rotary_embedding(hidden_states)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            output = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
+            if self.training and self.config.layerdrop > 0:
+                # Bypassed rather than left out: every rank and every compiled graph sees the same parameters.
+                drop = torch.rand((), device=output.device) < self.config.layerdrop
+                output = torch.where(drop, hidden_states, output)
+            hidden_states = output
+        return Wav2Vec2BaseModelOutput(last_hidden_state=self.norm(hidden_states), extract_features=extract_features)
+
+
+class SpeechCLForCTC(SpeechCLPreTrainedModel):
+    """Encoder with a linear CTC head (Graves et al. 2006)."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__(config)
+        self.speechcl = SpeechCLModel(config)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutput:
+        """Frame-wise token scores and, with labels, the CTC loss.
+
+        Args:
+            input_values, attention_mask: as in `SpeechCLModel`; so are the masks among `kwargs`.
+            labels: (B, L) token ids, padded with -100.
+
+        Returns:
+            `logits` (B, T, vocab_size), in evaluation mode certain of the blank on padding frames, so that a batch
+            decodes to the text of its clips; `loss` scalar, reduced as `config.ctc_loss_reduction` says.
+        """
+        outputs = self.speechcl(input_values, attention_mask, **kwargs)
+        logits = self.lm_head(self.dropout(outputs.last_hidden_state))
+        if attention_mask is None:
+            frame_lengths = torch.full((len(logits),), logits.shape[1], device=logits.device)
+        else:
+            frame_lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+
+        loss = None
+        if labels is not None:
+            if labels.numel() and labels.max() >= self.config.vocab_size:
+                raise ValueError(f"label {labels.max().item()} is outside the vocabulary of {self.config.vocab_size} tokens")
+            targets = labels.masked_select(labels >= 0)
+            log_probs = nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)  # (T, B, V)
+            with torch.backends.cudnn.flags(enabled=False):
+                loss = nn.functional.ctc_loss(
+                    log_probs,
+                    targets,
+                    frame_lengths,
+                    (labels >= 0).sum(-1),
+                    blank=self.config.pad_token_id,
+                    reduction=self.config.ctc_loss_reduction,
+                    zero_infinity=self.config.ctc_zero_infinity,
+                )
+        if attention_mask is not None and not self.training:
+            padding = ~length_mask(frame_lengths, logits.shape[1])[..., None]
+            blank = torch.arange(self.config.vocab_size, device=logits.device) == self.config.pad_token_id
+            logits = torch.where(padding, torch.where(blank, 0.0, -1e4).to(logits.dtype), logits)
+        return CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SpeechCLForSequenceClassification(SpeechCLPreTrainedModel):
+    """Encoder with mean pooling over time and a linear classifier: speaker, keyword, language."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__(config)
+        self.speechcl = SpeechCLModel(config)
+        self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Class scores of whole clips.
+
+        Args:
+            input_values, attention_mask: as in `SpeechCLModel`.
+            labels: (B,) class ids.
+
+        Returns:
+            `logits` (B, num_labels); `loss`, the mean cross-entropy, with labels.
+        """
+        outputs = self.speechcl(input_values, attention_mask, **kwargs)
+        hidden_states = self.projector(outputs.last_hidden_state)
+        if attention_mask is None:
+            pooled = hidden_states.mean(1)
+        else:
+            frame_lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+            mask = length_mask(frame_lengths, hidden_states.shape[1])[..., None]
+            pooled = (hidden_states * mask).sum(1) / frame_lengths[:, None]
+        logits = self.classifier(self.dropout(pooled))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

@@ -1,0 +1,103 @@
+"""Encoder and weighted objectives in one module, for the trainer to wrap."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .configuration_speechcl import SpeechCLConfig
+from .modeling_speechcl import SpeechCLModel, SpeechCLPreTrainedModel
+from .objectives import OBJECTIVES, Objective, ObjectiveOutput
+
+
+@dataclass
+class SpeechCLForPreTrainingOutput(ModelOutput):
+    """
+    Attributes:
+        loss: weighted sum of the objectives' mean losses over this batch.
+        objectives: the sums and counts of each objective, by name.
+    """
+
+    loss: torch.Tensor | None = None
+    objectives: dict[str, ObjectiveOutput] | None = None
+
+
+def objective_options(name: str) -> dict[str, inspect.Parameter]:
+    """Options that objective `name` takes, with their defaults."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
+    parameters = dict(inspect.signature(OBJECTIVES[name].__init__).parameters)
+    return {key: value for key, value in parameters.items() if key not in ("self", "config")}
+
+
+def build_objective(name: str, config, options: dict) -> Objective:
+    """The objective `name` for an encoder configured by `config`; `options` may also hold its "weight".
+
+    Raises:
+        ValueError: unknown objective or option, naming those there are.
+    """
+    known = objective_options(name)
+    unknown = set(options) - set(known) - {"weight"}
+    if unknown:
+        raise ValueError(f"objective {name!r} has no option {', '.join(sorted(unknown))}: it takes {', '.join(known)}")
+    return OBJECTIVES[name](config, **{key: value for key, value in options.items() if key != "weight"})
+
+
+class EncodeOnce:
+    """An encoder that keeps what it made of a batch: objectives that ask for the same inputs share one pass."""
+
+    def __init__(self, encoder: nn.Module):
+        self.encoder, self.config, self.calls = encoder, encoder.config, []
+
+    def __call__(self, input_values, **inputs):
+        for seen_values, seen_inputs, output in self.calls:
+            if seen_values is input_values and seen_inputs.keys() == inputs.keys():
+                if all(seen_inputs[key] is inputs[key] for key in inputs):
+                    return output
+        output = self.encoder(input_values, **inputs)
+        self.calls.append((input_values, inputs, output))
+        return output
+
+
+class SpeechCLForPreTraining(SpeechCLPreTrainedModel):
+    """Encoder trained by the objectives that `config.objectives` names, `{name: {"weight": 1.0, option: value, …}}`."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__(config)
+        if not config.objectives:
+            raise ValueError(f"config.objectives is empty: name at least one of {', '.join(OBJECTIVES)}")
+        self.speechcl = SpeechCLModel(config)
+        self.objectives = nn.ModuleDict(
+            {name: build_objective(name, config, options) for name, options in config.objectives.items()}
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if hasattr(module, "init_weights") and not isinstance(module, SpeechCLPreTrainedModel):
+            module.init_weights()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each objective in the loss."""
+        return {name: options.get("weight", 1.0) for name, options in self.config.objectives.items()}
+
+    def count_items(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Items of each objective in the batch, known before the forward pass."""
+        return {name: objective.count_items(batch) for name, objective in self.objectives.items()}
+
+    def set_progress(self, progress: float) -> None:
+        """Tell the objectives which share of the run is done, from 0 to 1."""
+        for objective in self.objectives.values():
+            objective.set_progress(progress)
+
+    def forward(self, input_values: torch.Tensor, **batch) -> SpeechCLForPreTrainingOutput:
+        """Run every objective on a batch of `hf_speechcl.data.collators.PretrainingCollator`, whose keys are described there."""
+        batch["input_values"] = input_values
+        encoder = EncodeOnce(self.speechcl)
+        outputs = {name: objective(encoder, batch) for name, objective in self.objectives.items()}
+        loss = sum(self.weights[name] * output.loss / output.num_items.clamp_min(1) for name, output in outputs.items())
+        return SpeechCLForPreTrainingOutput(loss=loss, objectives=outputs)

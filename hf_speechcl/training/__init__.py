@@ -1,0 +1,1 @@
+"""Training loops: transformers' Trainer, with exact sums instead of means."""

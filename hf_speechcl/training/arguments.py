@@ -1,0 +1,171 @@
+"""Options of the training scripts, as dataclasses, and how they are read."""
+
+import argparse
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+
+def option(default, help: str):
+    """A dataclass field with a help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class CorpusArguments:
+    _argument_group_name = "corpus"
+
+    corpus: list[str] = option(
+        ["demo"],
+        "One or more sources: demo (embedded, English), a folder of audio files (with metadata.csv for texts), a folder "
+        "of parquet files or one such file, a Hub data set as user/name or user/name:config.",
+    )
+    audio_column: str = option("audio", "Column with the audio in parquet files and Hub data sets.")
+    validation_fraction: float = option(0.05, "Share of clips held out where a source has no validation split.")
+    max_seconds_per_batch: float = option(40.0, "Seconds of audio in a batch on one device, padding included.")
+
+
+@dataclass
+class PretrainingDataArguments(CorpusArguments):
+    max_seconds: float = option(15.0, "Longer recordings are split into equal parts of at most this many seconds.")
+    min_seconds: float = option(0.4, "Shorter clips are left out.")
+    mask_prob: float = option(0.65, "Length of all masked spans together, as a share of the clip; spans may overlap.")
+    mask_span: float = option(0.2, "Length of a masked span in seconds.")
+
+
+@dataclass
+class PretrainingModelArguments:
+    _argument_group_name = "model"
+
+    encoder: str = option(
+        "tiny", "A size (tiny, small, base, large), or a SpeechCL folder or Hub name to go on pre-training from."
+    )
+    encoder_options: list[str] = option(
+        [], "Fields of SpeechCLConfig to change, e.g. subsampling_factor=2 layerdrop=0.05 (with a size only)."
+    )
+    objectives: list[str] = option(["best_rq=1.0"], "Objectives with their weights, e.g. best_rq=1.0 wav2vec2=0.5.")
+    objective_options: list[str] = option(
+        [], "Options of objectives, e.g. best_rq.codebook_size=1024 wav2vec2.temperature=0.2."
+    )
+
+
+@dataclass
+class SpeechTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with defaults for speech; batches are measured in seconds instead of clips."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    output_dir: str = option("runs/speechcl", "Folder for checkpoints, the model and its card.")
+    learning_rate: float = option(5e-4, "Highest learning rate.")
+    lr_scheduler_type: str = option("cosine", "How the learning rate falls after the warm-up.")
+    warmup_steps: float = option(0.1, "Updates of warm-up, or their share of the run if below 1.")
+    adam_beta2: float = option(0.98, "Second-moment decay of AdamW; 0.98 is wav2vec 2.0's.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW, on matrices only.")
+    logging_steps: float = option(10, "Updates between two log lines.")
+    logging_nan_inf_filter: bool = option(False, "Hide losses that are not finite from the log; off: the run stops.")
+    eval_strategy: str = option("steps", "When to compute the validation loss: no, steps or epoch.")
+    eval_steps: float | None = option(200, "Updates between two validations.")
+    save_steps: float = option(200, "Updates between two checkpoints.")
+    save_total_limit: int | None = option(2, "How many checkpoints are kept.")
+    remove_unused_columns: bool = option(False, "Not used: batches are made by our own collators.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder to go on from, or 'last' for the newest in output_dir (a new run if there is none)."
+    )
+
+
+def parse_arguments(types: list[type], description: str, argv: list[str] | None = None) -> tuple:
+    """Read options from the command line, over those of `--config file.yaml`, over the defaults.
+
+    Returns:
+        One instance of each of `types`. A wrong option ends the program with a message that names it.
+    """
+    parser = HfArgumentParser(
+        types,
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file with options; the command line overrides it.")
+    argv = sys.argv[1:] if argv is None else argv
+    config, _ = _config_parser().parse_known_args(argv)
+    if config.config:
+        _read_config(parser, Path(config.config))
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown options: {' '.join(unknown)} (see --help)")
+    return tuple(parsed)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def _read_config(parser: argparse.ArgumentParser, file: Path) -> None:
+    if not file.is_file():
+        parser.error(f"--config {file}: no such file")
+    values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    known = {action.dest for action in parser._actions}
+    if not isinstance(values, dict) or set(values) - known:
+        wrong = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else "not a mapping"
+        parser.error(f"--config {file}: unknown options: {wrong} (see --help)")
+    parser.set_defaults(**values)
+
+
+def parse_assignments(assignments: list[str], field: str) -> dict:
+    """`["a=1", "b.c=x"]` → `{"a": 1, "b.c": "x"}`, values read as YAML."""
+    values = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{field}: expected NAME=VALUE, found {assignment!r}")
+        number = yaml.safe_load(value)
+        try:  # YAML takes 1e-3, without a point, for a string
+            values[name] = float(number) if isinstance(number, str) else number
+        except ValueError:
+            values[name] = number
+    return values
+
+
+def parse_objectives(objectives: list[str], options: list[str]) -> dict[str, dict]:
+    """The command line's objectives and their options → `SpeechCLConfig.objectives`.
+
+    Raises:
+        ValueError: not of the form NAME=WEIGHT, a weight that is no positive number, an option of an absent objective.
+    """
+    weights = parse_assignments([text if "=" in text else f"{text}=1.0" for text in objectives], "objectives")
+    parsed = {}
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or weight <= 0:
+            raise ValueError(f"objectives: the weight of {name} must be a positive number, found {weight!r}")
+        parsed[name] = {"weight": float(weight)}
+    for key, value in parse_assignments(options, "objective_options").items():
+        name, _, option_name = key.partition(".")
+        if name not in parsed or not option_name:
+            raise ValueError(
+                f"objective_options: expected OBJECTIVE.OPTION=VALUE with one of {', '.join(parsed)}, found {key}={value}"
+            )
+        parsed[name][option_name] = value
+    return parsed
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    """Log to stderr: information from the first process, warnings from all."""
+    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("hf_speechcl").setLevel(level)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_warning()

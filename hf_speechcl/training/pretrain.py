@@ -1,0 +1,122 @@
+"""Pre-train an encoder on unlabelled speech."""
+
+import json
+import logging
+from pathlib import Path
+
+from transformers import Wav2Vec2FeatureExtractor, set_seed
+
+from ..configuration_speechcl import SIZES, SpeechCLConfig
+from ..data import PretrainingCollator, SpeechDataset
+from ..data.corpora import load_train_and_validation
+from ..hub import CURVES, USE_ENCODER, data_row, describe_model, describe_run, metrics_table, plot_curves, write_card
+from ..pretraining import SpeechCLForPreTraining, objective_options
+from .arguments import (
+    PretrainingDataArguments,
+    PretrainingModelArguments,
+    SpeechTrainingArguments,
+    parse_arguments,
+    parse_assignments,
+    parse_objectives,
+    set_up_logging,
+)
+from .trainer import PretrainingTrainer, find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Pre-train a SpeechCL encoder on speech without transcripts.
+
+  The embedded corpus, on a CPU:
+    python scripts/pretrain.py --output_dir runs/demo --max_steps 200
+  A folder of your own recordings, any format, rate and length:
+    python scripts/pretrain.py --corpus my_audio --encoder small --max_steps 20000 --output_dir runs/mine
+  Two objectives on one encoder pass, options of one changed:
+    python scripts/pretrain.py --objectives best_rq=1.0 wav2vec2=0.5 --objective_options best_rq.codebook_size=1024
+  From a file, with one option changed; on all GPUs of a machine; a killed run goes on:
+    accelerate launch scripts/pretrain.py --config scripts/configs/pretrain_base.yaml --learning_rate 1e-3
+    accelerate launch scripts/pretrain.py --config scripts/configs/pretrain_base.yaml --resume_from_checkpoint last
+
+The output folder holds checkpoints, the model for AutoModel.from_pretrained, curves.png and a model card."""
+
+
+def build_model(model_args: PretrainingModelArguments) -> SpeechCLForPreTraining:
+    """A new model of a named size, or one that goes on from a SpeechCL folder or Hub repository."""
+    objectives = parse_objectives(model_args.objectives, model_args.objective_options)
+    for name in objectives:
+        objective_options(name)
+    overrides = parse_assignments(model_args.encoder_options, "encoder_options")
+    if model_args.encoder in SIZES:
+        return SpeechCLForPreTraining(SpeechCLConfig.from_size(model_args.encoder, objectives=objectives, **overrides))
+    if overrides:
+        raise ValueError("encoder_options change a new encoder: leave them out with an encoder that has its weights")
+    if not Path(model_args.encoder).is_dir() and "/" not in model_args.encoder:
+        raise ValueError(f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
+    config = SpeechCLConfig.from_pretrained(model_args.encoder, objectives=objectives)
+    return SpeechCLForPreTraining.from_pretrained(model_args.encoder, config=config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_arguments(
+        [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], DESCRIPTION, argv
+    )
+    set_up_logging(args)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    set_seed(args.seed)
+    model = build_model(model_args)
+    config = model.config
+
+    with args.main_process_first(desc="loading the corpus"):
+        train, validation = load_train_and_validation(
+            data_args.corpus, data_args.validation_fraction, audio_column=data_args.audio_column
+        )
+    datasets = {
+        split: SpeechDataset(corpus, config.sampling_rate, args.seed, data_args.max_seconds, data_args.min_seconds)
+        for split, corpus in {"train": train, "validation": validation}.items()
+    }
+    for split, dataset in datasets.items():
+        logger.info("%s: %d clips, %.2f hours", split, len(dataset), dataset.hours)
+
+    frames_per_second = config.sampling_rate / config.inputs_to_logits_ratio
+    trainer = PretrainingTrainer(
+        model=model,
+        args=args,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["validation"],
+        data_collator=PretrainingCollator(
+            model._get_feat_extract_output_lengths,
+            mask_prob=data_args.mask_prob,
+            mask_span=max(1, round(data_args.mask_span * frames_per_second)),
+            num_negatives=max(objective.num_negatives for objective in model.objectives.values()),
+        ),
+        max_seconds_per_batch=data_args.max_seconds_per_batch,
+        processing_class=Wav2Vec2FeatureExtractor(
+            sampling_rate=config.sampling_rate, do_normalize=False, return_attention_mask=True
+        ),
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+
+    folder = Path(args.output_dir)
+    plot_curves(trainer.state.log_history, folder / CURVES)
+    (folder / "results.json").write_text(json.dumps(metrics, indent=2))
+    names = ", ".join(f"{name} ({json.dumps(options)})" for name, options in config.objectives.items())
+    write_card(
+        folder,
+        title=f"SpeechCL encoder, pre-trained with {' and '.join(config.objectives)}",
+        summary="A speech encoder pre-trained on audio without transcripts by hf_speechcl, to be fine-tuned.",
+        usage=USE_ENCODER,
+        tags=["self-supervised", "pre-training", *config.objectives],
+        pipeline_tag="feature-extraction",
+        data=[data_row(data_args.corpus, split, corpus) for split, corpus in [("train", train), ("validation", validation)]],
+        sampling_rate=config.sampling_rate,
+        model=describe_model(config, model.speechcl.num_parameters()),
+        training=f"Objectives: {names}. Masked spans of {data_args.mask_span:g} s, {data_args.mask_prob:g} of a clip. "
+        + describe_run(args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step),
+        results="On the validation clips, with fixed masks:\n\n" + metrics_table(metrics),
+        limits="The encoder knows the languages, voices and recording conditions of its data. It gives features, not text.",
+    )
+    logger.info("model, card and curves are in %s", folder)

@@ -1,0 +1,241 @@
+"""transformers' Trainer with batches by duration and a loss that is exact over micro-batches and ranks."""
+
+import itertools
+import json
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data.batching import DurationBatchSampler
+from ..data.dataset import SpeechDataset
+from ..objectives import ObjectiveOutput
+
+logger = logging.getLogger(__name__)
+
+
+class EpochDataLoader(DataLoader):
+    """A DataLoader that hands `set_epoch` on to its batch sampler, as the Trainer expects."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class Sums:
+    """Losses, item counts and metrics of objectives, added up over batches."""
+
+    def __init__(self):
+        self.outputs: dict[str, ObjectiveOutput] = {}
+        self.num_skipped = torch.tensor(0)
+
+    @torch.no_grad()
+    def add(self, outputs: dict[str, ObjectiveOutput], num_skipped: torch.Tensor) -> None:
+        self.num_skipped = self.num_skipped + num_skipped.cpu()
+        for name, output in outputs.items():
+            loss, metrics = output.loss.detach().double(), output.metrics
+            if name in self.outputs:
+                total = self.outputs[name]
+                loss, num_items = total.loss + loss, total.num_items + output.num_items
+                metrics = {key: total.metrics[key] + value for key, value in metrics.items()}
+            else:
+                num_items = output.num_items
+            self.outputs[name] = ObjectiveOutput(loss, num_items, metrics)
+
+    def reduce(self, accelerator) -> None:
+        """Add up over ranks."""
+        if accelerator.num_processes > 1:
+            state = {name: {"loss": o.loss, "items": o.num_items, **o.metrics} for name, o in self.outputs.items()}
+            state = accelerator.reduce(state, reduction="sum")
+            self.outputs = {name: ObjectiveOutput(o.pop("loss"), o.pop("items"), o) for name, o in state.items()}
+            self.num_skipped = accelerator.reduce(self.num_skipped.to(accelerator.device), reduction="sum").cpu()
+
+
+class SpeechTrainer(Trainer):
+    """A Trainer whose loss is, for each objective, the sum over all micro-batches and ranks divided by their count.
+
+    Subclasses say what a batch is worth: `objective_outputs` and `count_items`.
+
+    Args:
+        max_seconds_per_batch: seconds of audio in a batch on one device, padding included.
+        eval_collator: collator for validation, if it differs from `data_collator`.
+        kwargs: as for `transformers.Trainer`; the data sets are `SpeechDataset`s.
+    """
+
+    train_dataset: SpeechDataset
+    eval_dataset: SpeechDataset
+
+    def __init__(self, *, max_seconds_per_batch: float, eval_collator=None, **kwargs):
+        super().__init__(**kwargs)
+        self.max_seconds_per_batch = max_seconds_per_batch
+        self.eval_collator = eval_collator or self.data_collator
+        self.loss_is_scaled_for_ga = True
+        self.train_sums = Sums()
+
+    def objective_outputs(self, model, inputs: dict) -> dict[str, ObjectiveOutput]:
+        """Sums of every objective on a batch."""
+        raise NotImplementedError
+
+    def count_items(self, inputs: dict) -> dict[str, torch.Tensor]:
+        """Items of every objective in a batch, before the forward pass."""
+        raise NotImplementedError
+
+    def objective_weights(self) -> dict[str, float]:
+        """Weight of every objective in the loss."""
+        raise NotImplementedError
+
+    def _loader(self, dataset: SpeechDataset, collator, shuffle: bool) -> DataLoader:
+        sampler = DurationBatchSampler(
+            dataset.durations,
+            self.max_seconds_per_batch,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            shuffle=shuffle,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        workers = self.args.dataloader_num_workers
+        return EpochDataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=workers,
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, self.data_collator, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: SpeechDataset | None = None) -> DataLoader:
+        return self._loader(eval_dataset or self.eval_dataset, self.eval_collator, shuffle=False)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one update, and how many items of each objective they hold over all ranks."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        counts: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            for name, count in self.count_items(batch).items():
+                counts[name] = counts.get(name, 0) + count.to(device)
+        return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        num_skipped = inputs.pop("num_skipped")
+        outputs = self.objective_outputs(model, inputs)
+        self.train_sums.add(outputs, num_skipped)
+        weights = self.objective_weights()
+        loss = sum(
+            weights[name] * output.loss / num_items_in_batch[name].clamp_min(1) for name, output in outputs.items()
+        )
+        # Gradients are averaged over ranks, and so is the loss in the log; the counts already are of all ranks.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {logs['loss']} at update {self.state.global_step}: lower learning_rate, raise "
+                    "warmup_steps or train in float32; the last checkpoint is unharmed"
+                )
+            sums, self.train_sums = self.train_sums, Sums()
+            logs |= self.summarize(sums)
+            logs["audio_hours"] = round((self.state.epoch or 0) * self.train_dataset.hours, 4)
+        super().log(logs, start_time)
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        """Scalars of every objective, over all ranks."""
+        sums.reduce(self.accelerator)
+        scalars = {"skipped_clips": int(sums.num_skipped)} if sums.num_skipped else {}
+        for name, output in sums.outputs.items():
+            num_items = output.num_items.item()
+            scalars[f"{name}/loss"] = output.loss.item() / max(num_items, 1)
+            scalars |= {f"{name}/{key}": value for key, value in self.summarize_metrics(name, output, num_items).items()}
+        return scalars
+
+    def summarize_metrics(self, name: str, output: ObjectiveOutput, num_items: int) -> dict[str, float]:
+        """Scalars of one objective's metrics."""
+        return {}
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Losses and metrics on a validation set, with the same masks every time."""
+        loader = self.get_eval_dataloader(eval_dataset)
+        self.callback_handler.eval_dataloader = loader
+        self.model.eval()
+        sums = Sums()
+        for inputs in loader:
+            inputs = self._prepare_inputs(inputs)
+            num_skipped = inputs.pop("num_skipped")
+            with self.compute_loss_context_manager():
+                sums.add(self.objective_outputs(self.model, inputs), num_skipped)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        scalars = self.summarize(sums)
+        weights = self.objective_weights()
+        metrics = {"loss": sum(weights[name] * scalars[f"{name}/loss"] for name in sums.outputs)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (metrics | scalars).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """6 operations per weight and encoder frame, forward and backward."""
+        frames = self.model._get_feat_extract_output_lengths(inputs["input_values"].shape[1])
+        return 6 * self.model.num_parameters(only_trainable=True) * frames * len(inputs["input_values"])
+
+
+class PretrainingTrainer(SpeechTrainer):
+    """Trains a `SpeechCLForPreTraining`."""
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.model.set_progress(self.state.global_step / max(self.state.max_steps, 1))
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def objective_outputs(self, model, inputs):
+        return model(**inputs).objectives
+
+    def count_items(self, inputs):
+        return self.model.count_items(inputs)
+
+    def objective_weights(self):
+        return self.model.weights
+
+    def summarize_metrics(self, name, output, num_items):
+        return self.model.objectives[name].summarize(dict(output.metrics), num_items)
+
+
+def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str | None:
+    """The checkpoint folder to go on from, or None for a new run.
+
+    A checkpoint that was being written when the run was killed is passed over.
+
+    Raises:
+        FileNotFoundError: the checkpoint asked for is not there or not complete.
+        FileExistsError: no resume was asked for, but the folder holds checkpoints of an earlier run.
+    """
+    checkpoints = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
+    newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    if resume_from_checkpoint == "last":
+        logger.info("no complete checkpoint in %s: a new run" if newest is None else "resuming from %s", newest or output_dir)
+        return None if newest is None else str(newest)
+    if resume_from_checkpoint:
+        if not _is_complete(Path(resume_from_checkpoint)):
+            raise FileNotFoundError(f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE_NAME}")
+        return resume_from_checkpoint
+    if newest is not None:
+        raise FileExistsError(
+            f"{output_dir} holds {newest.name} of an earlier run: pass --resume_from_checkpoint last to go on with it, "
+            "or another --output_dir"
+        )
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, which is its trainer state."""
+    try:
+        return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
