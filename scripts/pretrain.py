@@ -1,7 +1,13 @@
 #!/usr/bin/env python
 """Pre-train an encoder on speech without transcripts: `python scripts/pretrain.py --help`."""
 
-from hf_speechcl.training.pretrain import main
+import sys
+from pathlib import Path
+
+# Python puts this folder on its path, where evaluate.py would hide the package evaluate.
+sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
+from hf_speechcl.training.pretrain import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """One clip: encoded bytes or a file → float32 mono samples at the model's rate."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,18 @@ class AudioError(ValueError):
 
 
 def _open(audio: dict[str, Any]) -> soundfile.SoundFile:
-    source = io.BytesIO(audio["bytes"]) if audio.get("bytes") is not None else audio.get("path")
-    if source is None:
+    data, path = audio.get("bytes"), audio.get("path")
+    if data is None and path is None:
         raise AudioError("no audio: neither bytes nor a path")
     try:
-        return soundfile.SoundFile(source)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
-        raise AudioError("empty file" if size == 0 else f"not readable as audio ({error})") from None
+        size = Path(path).stat().st_size if data is None else len(data)
+        if size == 0:
+            raise AudioError("empty file")
+        return soundfile.SoundFile(path if data is None else io.BytesIO(data))
+    except FileNotFoundError:
+        raise AudioError("no such file") from None
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"not readable as audio: {error.error_string}") from None
 
 
 def read_duration(audio: dict[str, Any]) -> float:
@@ -56,7 +61,7 @@ def read_audio(audio: dict[str, Any], sampling_rate: int, start: float = 0.0, du
             file.seek(first)
             samples = file.read(count, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"cannot be decoded ({error})") from None
+            raise AudioError(f"cannot be decoded: {error.error_string}") from None
     if len(samples) < count:
         raise AudioError(f"truncated: {len(samples) / rate:.2f} s of {count / rate:.2f} s can be decoded")
     if not np.isfinite(samples).all():

@@ -42,6 +42,21 @@ def begin_batch(clips: list[dict]) -> tuple[list[dict], dict[str, torch.Tensor]]
     return usable, batch
 
 
+def draw_masks(
+    clips: list[dict],
+    rngs: list[np.random.Generator],
+    batch: dict[str, torch.Tensor],
+    frame_length: Callable[[int], int],
+    mask_prob: float,
+    span: int,
+) -> tuple[torch.Tensor, list[int]]:
+    """Span masks of all clips, (B, T) bool, and the number of masked frames of each."""
+    lengths = [frame_length(len(clip["input_values"])) for clip in clips]
+    masks = [span_mask(length, mask_prob, span, rng) for length, rng in zip(lengths, rngs)]
+    num_frames = frame_length(batch["input_values"].shape[1])
+    return stack_rows(masks or [np.zeros(0, dtype=bool)], num_frames, False), [mask.sum() for mask in masks]
+
+
 @dataclass
 class PretrainingCollator:
     """Batches for `SpeechCLForPreTraining`.
@@ -64,12 +79,10 @@ class PretrainingCollator:
     def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
         usable, batch = begin_batch(clips)
         rngs = [np.random.default_rng(clip["seed"]) for clip in usable]
-        lengths = [self.frame_length(len(clip["input_values"])) for clip in usable]
-        masks = [span_mask(length, self.mask_prob, self.mask_span, rng) for length, rng in zip(lengths, rngs)]
-        num_frames = self.frame_length(batch["input_values"].shape[1])
-        batch["mask_time_indices"] = stack_rows(masks or [np.zeros(0, dtype=bool)], num_frames, False)
+        batch["mask_time_indices"], counts = draw_masks(
+            usable, rngs, batch, self.frame_length, self.mask_prob, self.mask_span
+        )
         if self.num_negatives:
-            counts = [mask.sum() for mask in masks]
             offsets = np.cumsum([0, *counts])
             negatives = [
                 draw_negatives(count, self.num_negatives, rng) + offset
@@ -110,13 +123,12 @@ class CTCCollator:
         batch["labels"] = stack_rows(labels, max(len(row) for row in labels), -100)
         batch["index"] = torch.tensor([clip["index"] for clip in usable], dtype=torch.long)
         rngs = [np.random.default_rng(clip["seed"]) for clip in usable]
-        if self.mask_time_prob > 0 and usable:
-            lengths = [self.frame_length(len(clip["input_values"])) for clip in usable]
-            masks = [span_mask(n, self.mask_time_prob, self.mask_time_span, rng) for n, rng in zip(lengths, rngs)]
-            num_frames = self.frame_length(batch["input_values"].shape[1])
-            batch["mask_time_indices"] = stack_rows(masks, num_frames, False)
-        if self.num_feature_masks and usable:
-            bands = np.zeros((len(usable), self.num_mel_bins), dtype=bool)
+        if self.mask_time_prob > 0:
+            batch["mask_time_indices"], _ = draw_masks(
+                usable, rngs, batch, self.frame_length, self.mask_time_prob, self.mask_time_span
+            )
+        if self.num_feature_masks:
+            bands = np.zeros((len(batch["input_values"]), self.num_mel_bins), dtype=bool)
             for row, rng in zip(bands, rngs):
                 for width in rng.integers(self.mask_feature_span + 1, size=self.num_feature_masks):
                     start = rng.integers(self.num_mel_bins - width + 1)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
-ROW = Features({"id": Value("string"), "audio": Audio(decode=False), "text": Value("string")})
+AUDIO = {"bytes": Value("binary"), "path": Value("string")}
 
 
 def load_corpus(
@@ -99,14 +99,14 @@ def corpus_splits(source: str) -> list[str]:
     if (path := _local_path(source)) is None:
         name, _, config = source.partition(":")
         return datasets.get_dataset_split_names(name, config or None)
-    rows = _folder_rows(path, "text") if path.is_dir() and not _parquet_files(path) else _parquet_files(path)
+    rows = _folder_rows(path) if path.is_dir() and not _parquet_files(path) else _parquet_files(path)
     return sorted({_split_of(row) for row in rows})
 
 
 def _load_source(source: str, split: str, audio_column: str, text_column: str, require_text: bool) -> Dataset:
     path = None if source == "demo" else _local_path(source)
     if path is not None and path.is_dir() and not _parquet_files(path):
-        rows = _folder_rows(path, text_column)
+        rows = _folder_rows(path, text_column, require_text)
         if require_text and not any("text" in row for row in rows):
             raise ValueError(
                 f"{source} has no texts: expected {' or '.join(METADATA_FILES)} in it, with the columns file_name and {text_column}"
@@ -119,7 +119,8 @@ def _load_source(source: str, split: str, audio_column: str, text_column: str, r
             "audio": [{"bytes": None, "path": str(path / row["name"])} for row in chosen],
             "text": [row.get("text") for row in chosen],
         }
-        return Dataset.from_dict(table, features=ROW)
+        features = Features({"id": Value("string"), "audio": AUDIO, "text": Value("string")})
+        return Dataset.from_dict(table, features=features).cast_column("audio", Audio(decode=False))
 
     if source == "demo":
         splits = load_demo()
@@ -214,7 +215,7 @@ def _split_of(row: dict) -> str:
     return SPLITS.get(re.split(r"[/\-_.]", name)[0].lower(), "train")
 
 
-def _folder_rows(folder: Path, text_column: str) -> list[dict]:
+def _folder_rows(folder: Path, text_column: str = "text", require_text: bool = False) -> list[dict]:
     """`{"name": relative path, "text"}` of all audio files below a folder, and of all that its metadata name."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     rows = {}
@@ -224,9 +225,9 @@ def _folder_rows(folder: Path, text_column: str) -> list[dict]:
             rows[name] = {"name": name}
     for file in files:
         if file.name in METADATA_FILES:
-            for entry in _read_metadata(file, text_column):
+            for entry in _read_metadata(file, ["file_name", text_column] if require_text else ["file_name"]):
                 name = (file.parent.relative_to(folder) / entry["file_name"]).as_posix()
-                rows[name] = {"name": name, "text": entry[text_column]}
+                rows[name] = {"name": name, "text": entry.get(text_column)}
     if not rows:
         suffixes = Counter(file.suffix.lower() or file.name for file in files)
         found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
@@ -234,10 +235,10 @@ def _folder_rows(folder: Path, text_column: str) -> list[dict]:
     return list(rows.values())
 
 
-def _read_metadata(file: Path, text_column: str) -> list[dict]:
+def _read_metadata(file: Path, required: list[str]) -> list[dict]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         entries = list(csv.DictReader(stream)) if file.suffix == ".csv" else [json.loads(line) for line in stream if line.strip()]
-    for column in ("file_name", text_column):
+    for column in required:
         if entries and column not in entries[0]:
             raise ValueError(f"{file} has no column {column!r}; it has {', '.join(entries[0])}")
     return entries

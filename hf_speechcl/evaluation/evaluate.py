@@ -1,0 +1,70 @@
+"""Score a CTC model on a corpus."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCTC, AutoProcessor
+
+from ..ctc import normalize_text
+from ..data import load_corpus
+from ..hub import source_name
+from ..training.arguments import option, parse_arguments
+from .asr import SpeechErrorRates, transcribe
+
+DESCRIPTION = """Transcribe a corpus with a CTC model and score the result: word and character error rate, with
+bootstrap 95% intervals.
+
+    python scripts/evaluate.py --model runs/ctc --corpus demo --split test
+    python scripts/evaluate.py --model runs/ctc --corpus my_labelled_audio --split train --output_file results.json"""
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = option("runs/ctc", "Folder or Hub name of a CTC model with its processor.")
+    corpus: list[str] = option(["demo"], "Sources, as for scripts/pretrain.py.")
+    split: str = option("test", "Split to score.")
+    audio_column: str = option("audio", "Column with the audio.")
+    text_column: str = option("text", "Column with the transcript.")
+    text_normalization: str = option("basic", "Applied to references and transcripts: basic or none.")
+    max_seconds_per_batch: float = option(60.0, "Seconds of audio in a batch.")
+    device: str = option("auto", "cpu, cuda, or auto.")
+    trust_remote_code: bool = option(False, "Run the code that comes with a model from the Hub.")
+    output_file: str | None = option(None, "JSON file for the scores and all transcripts.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse_arguments([EvaluationArguments], DESCRIPTION, argv)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    normalize_text("", args.text_normalization)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    model = AutoModelForCTC.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(device)
+
+    corpus = load_corpus(args.corpus, args.split, args.audio_column, args.text_column, require_text=True)
+    clips = []
+    for name, text, hypothesis in zip(corpus["id"], corpus["text"], transcribe(model, processor, corpus, args.max_seconds_per_batch)):
+        reference = normalize_text(text or "", args.text_normalization)
+        if reference:
+            hypothesis = normalize_text(hypothesis or "", args.text_normalization)
+            clips.append({"id": name, "reference": reference, "hypothesis": hypothesis})
+    if not clips:
+        raise ValueError(f"no clip of {', '.join(args.corpus)} has a text to score against")
+    rates = SpeechErrorRates().compute(
+        predictions=[clip["hypothesis"] for clip in clips], references=[clip["reference"] for clip in clips]
+    )
+    results = {
+        "corpus": [source_name(source) for source in args.corpus],
+        "split": args.split,
+        "clips": len(clips),
+        "clips_without_text": len(corpus) - len(clips),
+        "text_normalization": args.text_normalization,
+        **rates,
+    }
+    for name in ("wer", "cer"):
+        print(f"{name.upper()} {rates[name]:.1%}  (95% interval {rates[f'{name}_low']:.1%} to {rates[f'{name}_high']:.1%})")
+    print(f"{len(clips)} clips of {', '.join(results['corpus'])}, {args.split}; normalisation {args.text_normalization}")
+    if args.output_file:
+        Path(args.output_file).write_text(json.dumps(results | {"transcripts": clips}, indent=1, ensure_ascii=False))

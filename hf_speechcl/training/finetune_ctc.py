@@ -1,0 +1,284 @@
+"""Fine-tune an encoder with a CTC head on transcribed speech."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from huggingface_hub import EvalResult
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoConfig, AutoProcessor, set_seed
+
+from ..configuration_speechcl import SIZES, SpeechCLConfig
+from ..ctc import build_processor, normalize_text, preflight
+from ..data import CTCCollator, SpeechDataset
+from ..data.corpora import load_train_and_validation
+from ..evaluation.asr import SpeechErrorRates
+from ..hub import CURVES, USE_CTC, data_row, describe_model, describe_run, metrics_table, plot_curves, source_name, write_card
+from ..modeling_speechcl import SpeechCLForCTC
+from ..objectives import ObjectiveOutput
+from .arguments import CorpusArguments, SpeechTrainingArguments, option, parse_arguments, parse_assignments, set_up_logging
+from .trainer import SpeechTrainer, find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Fine-tune a pre-trained SpeechCL encoder with a CTC head on transcribed speech.
+
+  The model of scripts/pretrain.py on the embedded corpus:
+    python scripts/finetune_ctc.py --model runs/demo --output_dir runs/demo-ctc --max_steps 1000
+  Your own recordings, a folder with metadata.csv (columns file_name and text):
+    python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --output_dir runs/mine-ctc
+  The same model from scratch, for comparison:
+    python scripts/finetune_ctc.py --model tiny --output_dir runs/scratch-ctc --max_steps 1000
+
+The output folder loads by pipeline("automatic-speech-recognition", model=FOLDER); preflight.json in it lists the clips
+that were left out and why."""
+
+
+@dataclass
+class CTCModelArguments:
+    _argument_group_name = "model"
+
+    model: str = option("tiny", "A pre-trained folder or Hub name; or a size (tiny, small, base, large), from scratch.")
+    model_options: list[str] = option([], "Fields of SpeechCLConfig to change, e.g. hidden_dropout=0.1.")
+
+
+@dataclass
+class CTCDataArguments(CorpusArguments):
+    text_column: str = option("text", "Column with the transcript in parquet files, metadata and Hub data sets.")
+    text_normalization: str = option("basic", "basic (lower case, no punctuation) or none.")
+    max_seconds: float = option(30.0, "Longer clips are left out.")
+    mask_time_prob: float = option(0.3, "Length of all masked time spans together, as a share of the clip; 0 for none.")
+    mask_time_span: float = option(0.2, "Length of a masked time span in seconds.")
+    num_feature_masks: int = option(2, "Bands of mel bins that are masked in a clip; 0 for none.")
+    mask_feature_span: int = option(20, "Greatest width of a masked band, in mel bins.")
+
+
+@dataclass
+class CTCTrainingArguments(SpeechTrainingArguments):
+    output_dir: str = option("runs/ctc", "Folder for checkpoints, the model and its card.")
+    learning_rate: float = option(5e-4, "Highest learning rate of the encoder.")
+    head_learning_rate: float = option(2e-3, "Highest learning rate of the CTC head.")
+    freeze_encoder_steps: float = option(0, "Updates in which only the head is trained, or their share of the run if below 1.")
+
+
+class CTCTrainer(SpeechTrainer):
+    """Trains a `SpeechCLForCTC`; its one objective, "ctc", counts labels.
+
+    Args:
+        references: normalised texts of the validation set.
+        kwargs: as for `SpeechTrainer`.
+    """
+
+    def __init__(self, *, references: list[str], **kwargs):
+        super().__init__(**kwargs)
+        self.references = references
+        self.hypotheses: list[tuple[int, str]] = []
+
+    def objective_outputs(self, model, inputs):
+        index = inputs.pop("index")
+        outputs = model(**inputs)
+        if not model.training:
+            texts = self.processing_class.batch_decode(outputs.logits.argmax(-1))
+            self.hypotheses += zip(index.tolist(), texts)
+        return {"ctc": ObjectiveOutput(outputs.loss, self.count_items(inputs)["ctc"], {})}
+
+    def count_items(self, inputs):
+        return {"ctc": (inputs["labels"] >= 0).sum()}
+
+    def objective_weights(self):
+        return {"ctc": 1.0}
+
+    def evaluate(self, *args, **kwargs):
+        self.hypotheses = []
+        return super().evaluate(*args, **kwargs)
+
+    def summarize(self, sums):
+        scalars = super().summarize(sums)
+        if self.hypotheses:
+            hypotheses = dict(gather_object(self.hypotheses))
+            self.hypotheses = []
+            rates = SpeechErrorRates().compute(
+                predictions=[hypotheses.get(index, "") for index in range(len(self.references))],
+                references=self.references,
+            )
+            scalars |= rates
+        return scalars
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups: dict[tuple[bool, bool], list] = {}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((name.startswith("speechcl."), name in decayed), []).append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.args.learning_rate if in_encoder else self.args.head_learning_rate,
+                        "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                        "in_encoder": in_encoder,
+                    }
+                    for (in_encoder, is_decayed), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        freeze = self.args.freeze_encoder_steps
+        frozen_steps = round(freeze * num_training_steps) if freeze < 1 else int(freeze)
+        if frozen_steps and isinstance(scheduler, LambdaLR):
+
+            def thaw(shape):
+                return lambda step: shape(step) if step >= frozen_steps else 0.0
+
+            self.lr_scheduler = LambdaLR(
+                scheduler.optimizer,
+                [
+                    thaw(shape) if group["in_encoder"] else shape
+                    for group, shape in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas)
+                ],
+            )
+        return self.lr_scheduler
+
+
+def build_model(model_args: CTCModelArguments, processor) -> SpeechCLForCTC:
+    """A CTC model of a size with new weights, or with a pre-trained encoder, for the vocabulary of a processor."""
+    options = parse_assignments(model_args.model_options, "model_options")
+    options |= {
+        "vocab_size": len(processor.tokenizer),
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        "ctc_loss_reduction": "sum",
+    }
+    if model_args.model in SIZES:
+        return SpeechCLForCTC(SpeechCLConfig.from_size(model_args.model, **options))
+    return SpeechCLForCTC.from_pretrained(model_args.model, **options)
+
+
+def load_config(model: str) -> SpeechCLConfig:
+    """Configuration of a model that `--model` names; checked before any audio is read."""
+    if model in SIZES:
+        return SpeechCLConfig.from_size(model)
+    if not Path(model).is_dir() and "/" not in model:
+        raise ValueError(f"model {model!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
+    config = AutoConfig.from_pretrained(model)
+    if not isinstance(config, SpeechCLConfig):
+        raise ValueError(f"{model} is a {config.model_type} model: expected one that hf_speechcl pre-trained")
+    return config
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_arguments(
+        [CTCModelArguments, CTCDataArguments, CTCTrainingArguments], DESCRIPTION, argv
+    )
+    set_up_logging(args)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    normalize_text("", data_args.text_normalization)
+    config = load_config(model_args.model)
+
+    with args.main_process_first(desc="loading the corpus"):
+        corpora = load_train_and_validation(
+            data_args.corpus,
+            data_args.validation_fraction,
+            audio_column=data_args.audio_column,
+            text_column=data_args.text_column,
+            require_text=True,
+        )
+    texts = [
+        [None if text is None else normalize_text(text, data_args.text_normalization) for text in corpus["text"]]
+        for corpus in corpora
+    ]
+    fine_tuned = (Path(model_args.model) / "vocab.json").is_file()
+    if fine_tuned:
+        processor = AutoProcessor.from_pretrained(model_args.model)
+    else:
+        processor = build_processor([text for text in texts[0] if text], config.sampling_rate)
+
+    set_seed(args.seed)
+    model = build_model(model_args, processor)
+    frame_length = model._get_feat_extract_output_lengths
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    datasets, labels, references = [], [], []
+    for name, corpus, corpus_texts in zip(("train", "validation"), corpora, texts):
+        kept, report = preflight(
+            corpus, corpus_texts, processor.tokenizer, frame_length, config.sampling_rate, data_args.max_seconds
+        )
+        logger.info("%s, %s", name, report)
+        report.save(output_dir / f"preflight_{name}.json")
+        if not kept:
+            raise ValueError(f"no clip of {name} can be trained on: see {output_dir / f'preflight_{name}.json'}")
+        datasets.append(SpeechDataset(corpus.select(kept), config.sampling_rate, args.seed, min_seconds=0))
+        references.append([corpus_texts[row] for row in kept])
+        labels.append(processor.tokenizer(references[-1]).input_ids)
+
+    span = max(1, round(data_args.mask_time_span * config.sampling_rate / config.inputs_to_logits_ratio))
+    if not data_args.mask_time_prob:
+        model.speechcl.masked_spec_embed.requires_grad_(False)
+    trainer = CTCTrainer(
+        model=model,
+        args=args,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        references=references[1],
+        data_collator=CTCCollator(
+            frame_length,
+            labels[0],
+            mask_time_prob=data_args.mask_time_prob,
+            mask_time_span=span,
+            num_mel_bins=config.num_mel_bins,
+            num_feature_masks=data_args.num_feature_masks,
+            mask_feature_span=data_args.mask_feature_span,
+        ),
+        eval_collator=CTCCollator(frame_length, labels[1]),
+        max_seconds_per_batch=data_args.max_seconds_per_batch,
+        processing_class=processor,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+
+    plot_curves(trainer.state.log_history, output_dir / CURVES)
+    (output_dir / "results.json").write_text(json.dumps(metrics, indent=2))
+    origin = "from scratch" if model_args.model in SIZES else f"from `{source_name(model_args.model)}`"
+    corpus_name = ", ".join(map(source_name, data_args.corpus))
+    write_card(
+        output_dir,
+        title="SpeechCL speech recogniser (CTC)",
+        summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of these characters: "
+        f"`{' '.join(sorted(processor.tokenizer.get_vocab(), key=processor.tokenizer.get_vocab().get)[3:])}`.",
+        usage=USE_CTC,
+        tags=["automatic-speech-recognition", "ctc"],
+        pipeline_tag="automatic-speech-recognition",
+        eval_results=[
+            EvalResult(
+                task_type="automatic-speech-recognition",
+                dataset_type=corpus_name,
+                dataset_name=corpus_name,
+                dataset_split="validation",
+                metric_type=name,
+                metric_value=round(metrics[f"eval_{name}"], 4),
+            )
+            for name in ("wer", "cer")
+        ],
+        data=[data_row(data_args.corpus, split, data.corpus) for split, data in zip(("train", "validation"), datasets)],
+        sampling_rate=config.sampling_rate,
+        model=describe_model(config, model.num_parameters()),
+        training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for "
+        f"{args.freeze_encoder_steps:g} updates; time masks {data_args.mask_time_prob:g}, mel masks "
+        f"{data_args.num_feature_masks}. Text normalisation: {data_args.text_normalization}. "
+        + describe_run(args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step),
+        results="On the validation clips, greedy decoding, shares with bootstrap 95% intervals (`_low`, `_high`):\n\n"
+        + metrics_table(metrics),
+        limits="It knows the language, voices and recording conditions of its data. Greedy decoding, no language model.",
+    )
+    logger.info("model, processor, card and curves are in %s", output_dir)

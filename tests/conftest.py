@@ -1,0 +1,92 @@
+"""Shared fixtures: a very small encoder, real clips of the embedded corpus, and a home of its own for every cache."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hf_speechcl import SpeechCLConfig, load_corpus
+from hf_speechcl.data.audio import read_audio
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "conv_dim": 24,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "final_dropout": 0.0,
+}
+SMALL_OBJECTIVES = {
+    "best_rq": {"weight": 1.0, "num_codebooks": 2, "codebook_size": 16, "codebook_dim": 4},
+    "wav2vec2": {"weight": 0.5, "num_negatives": 7, "codebook_size": 12, "codevector_dim": 16, "proj_dim": 16},
+}
+# The options of a run of seconds, for the scripts.
+FAST_RUN = (
+    "--use_cpu --disable_tqdm True --max_seconds_per_batch 12 --logging_steps 1 "
+    "--eval_strategy no --save_strategy no --report_to none"
+).split()
+TINY_OPTIONS = [f"{name}={value}" for name, value in TINY.items()]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    """The embedded corpus' validation split."""
+    return load_corpus("demo", "validation")
+
+
+@pytest.fixture(scope="session")
+def clips(corpus):
+    """Five real clips of unequal length, float32 at 16 kHz."""
+    order = np.argsort(corpus["duration"])
+    return [read_audio(corpus[int(order[place])]["audio"], 16000) for place in (2, 15, 30, 45, 52)]
+
+
+@pytest.fixture
+def config():
+    return SpeechCLConfig(**TINY)
+
+
+@pytest.fixture
+def pretraining_config():
+    return SpeechCLConfig(**TINY, objectives=SMALL_OBJECTIVES)
+
+
+@pytest.fixture
+def audio_folder(tmp_path, clips):
+    """A folder of four WAV files with metadata.csv."""
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    for number, clip in enumerate(clips[:4]):
+        soundfile.write(folder / f"clip{number}.wav", clip, 16000)
+    lines = ["file_name,text", *(f"clip{number}.wav,text number {number}" for number in range(4))]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+def run_script(name: str, *arguments, check: bool = True, env: dict | None = None, cwd=None) -> subprocess.CompletedProcess:
+    """Run a script of the repository in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd or ROOT,
+        env={**os.environ, **(env or {})},
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{name} {arguments} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result

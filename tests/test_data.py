@@ -1,0 +1,424 @@
+"""Corpora, decoding, masks, batches and collators, on real clips and on bad ones."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_speechcl import load_corpus, load_demo
+from hf_speechcl.data import CTCCollator, DurationBatchSampler, PretrainingCollator, SpeechDataset
+from hf_speechcl.data.audio import AudioError, read_audio, read_duration
+from hf_speechcl.data.corpora import corpus_splits, load_train_and_validation
+from hf_speechcl.data.masking import draw_negatives, span_mask
+
+
+def wav_bytes(samples, rate=16000, subtype="PCM_16", format="WAV"):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, subtype=subtype, format=format)
+    return buffer.getvalue()
+
+
+def frames(samples: int) -> int:
+    return -(-samples // 640)
+
+
+# ---- the embedded corpus ----
+
+
+def test_embedded_corpus_has_its_splits_and_no_text_in_two_of_them():
+    splits = load_demo()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 406, "validation": 60, "test": 83}
+    texts = {name: {text.lower() for text in split["text"]} for name, split in splits.items()}
+    assert not texts["train"] & texts["test"]
+    assert not texts["train"] & texts["validation"]
+    assert not texts["validation"] & texts["test"]
+
+
+def test_embedded_corpus_decodes_to_its_durations():
+    corpus = load_corpus("demo", "test")
+    for row in corpus.select(range(10)):
+        assert len(read_audio(row["audio"], 16000)) / 16000 == pytest.approx(row["duration"], abs=0.001)
+
+
+# ---- one clip ----
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 44100, 96000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_any_rate_and_channel_count_becomes_mono_at_16_khz(rate, channels):
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    samples = read_audio({"bytes": wav_bytes(np.stack([tone] * channels, axis=1), rate), "path": None}, 16000)
+    assert samples.dtype == np.float32
+    assert samples.shape == (16000,)
+    spectrum = np.abs(np.fft.rfft(samples))
+    assert spectrum.argmax() == 440
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype"), [("WAV", "PCM_U8"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
+)
+def test_common_formats_decode(format, subtype, clips):
+    encoded = wav_bytes(clips[2], 16000, subtype, format)
+    decoded = read_audio({"bytes": encoded, "path": None}, 16000)
+    size = min(len(decoded), len(clips[2]))
+    assert np.corrcoef(decoded[:size], clips[2][:size])[0, 1] > 0.9
+
+
+def test_part_of_a_clip_equals_the_slice_of_the_whole(clips):
+    audio = {"bytes": wav_bytes(clips[3], subtype="FLOAT"), "path": None}
+    part = read_audio(audio, 16000, start=0.25, duration=0.5)
+    np.testing.assert_array_equal(part, clips[3][4000:12000])
+
+
+def truncated_wav(clip):
+    return wav_bytes(clip)[: len(clip)]  # half of its 16-bit samples
+
+
+def truncated_flac(clip):
+    encoded = wav_bytes(clip, format="FLAC")
+    return encoded[: len(encoded) // 2]
+
+
+def not_a_number(clip):
+    return wav_bytes(np.where(np.arange(len(clip)) == 100, np.nan, clip), subtype="FLOAT")
+
+
+BAD_BYTES = {
+    "empty": (lambda clip: b"", "empty file"),
+    "text": (lambda clip: b"this is no audio\n" * 100, "not readable as audio"),
+    "header_only": (lambda clip: wav_bytes(clip[:0]), "no samples"),
+    "truncated_flac": (truncated_flac, "truncated|cannot be decoded|not readable"),
+    "not_a_number": (not_a_number, "not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_BYTES)
+def test_bad_audio_is_refused_with_the_reason(kind, clips):
+    make, message = BAD_BYTES[kind]
+    audio = {"bytes": make(clips[4]), "path": None}
+    with pytest.raises(AudioError, match=message):
+        read_duration(audio)
+        read_audio(audio, 16000)
+
+
+def test_truncated_wav_is_read_as_far_as_it_goes(clips):
+    audio = {"bytes": truncated_wav(clips[4]), "path": None}
+    assert len(read_audio(audio, 16000)) == pytest.approx(read_duration(audio) * 16000)
+    assert read_duration(audio) < len(clips[4]) / 16000
+
+
+# ---- corpora ----
+
+
+def test_folder_of_audio_with_metadata(audio_folder):
+    corpus = load_corpus(str(audio_folder), require_text=True)
+    assert corpus["id"] == [f"clip{number}.wav" for number in range(4)]
+    assert corpus["text"] == [f"text number {number}" for number in range(4)]
+    assert corpus["duration"][0] == pytest.approx(soundfile.info(audio_folder / "clip0.wav").duration)
+
+
+def test_audio_without_metadata_row_is_kept_without_text(audio_folder, clips):
+    soundfile.write(audio_folder / "extra.flac", clips[0], 16000)
+    corpus = load_corpus(str(audio_folder), require_text=True)
+    assert dict(zip(corpus["id"], corpus["text"]))["extra.flac"] is None
+
+
+def test_sub_folders_and_jsonl_metadata_make_splits(tmp_path, clips):
+    for split in ("train", "dev", "other"):
+        (tmp_path / split).mkdir()
+        soundfile.write(tmp_path / split / "a.wav", clips[0], 16000)
+    line = json.dumps({"file_name": "a.wav", "sentence": "hello"})
+    (tmp_path / "dev" / "metadata.jsonl").write_text(line + "\n")
+    assert corpus_splits(str(tmp_path)) == ["train", "validation"]
+    train = load_corpus(str(tmp_path), "train", text_column="sentence")
+    validation = load_corpus(str(tmp_path), "validation", text_column="sentence")
+    assert train["id"] == ["other/a.wav", "train/a.wav"]
+    assert (validation["id"], validation["text"]) == (["dev/a.wav"], ["hello"])
+
+
+def test_parquet_folder_with_splits_and_other_column_names(tmp_path, clips):
+    for split, rows in (("train", 3), ("test", 1)):
+        table = {
+            "speech": [{"bytes": wav_bytes(clips[row]), "path": f"{split}{row}.wav"} for row in range(rows)],
+            "sentence": [f"words {row}" for row in range(rows)],
+        }
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / f"{split}-00000-of-00001.parquet")
+    corpus = load_corpus(str(tmp_path), "train", audio_column="speech", text_column="sentence")
+    assert corpus.column_names == ["id", "audio", "text", "duration"]
+    assert (len(corpus), corpus["text"][2], corpus["id"][2]) == (3, "words 2", "train2.wav")
+    assert corpus["duration"][1] == pytest.approx(len(clips[1]) / 16000)
+    single = load_corpus(str(tmp_path / "test-00000-of-00001.parquet"), "test", audio_column="speech")
+    assert single["id"] == ["test0.wav"]
+
+
+def test_several_sources_are_joined(audio_folder):
+    corpus = load_corpus([str(audio_folder), "demo"])
+    assert len(corpus) == 4 + 406
+    assert read_audio(corpus[2]["audio"], 16000).any()
+    assert read_audio(corpus[400]["audio"], 16000).any()
+
+
+def test_bad_files_are_named_and_left_out(audio_folder, clips, caplog):
+    for kind in ("empty", "text", "header_only"):
+        (audio_folder / f"{kind}.wav").write_bytes(BAD_BYTES[kind][0](clips[0]))
+    corpus = load_corpus(str(audio_folder))
+    assert len(corpus) == 4
+    for kind in ("empty", "text", "header_only"):
+        assert f"skipped {kind}.wav: {BAD_BYTES[kind][1]}" in caplog.text
+    assert "skipped 3 of 7 files" in caplog.text
+
+
+def test_a_file_that_metadata_names_but_is_missing_is_left_out(audio_folder, caplog):
+    with (audio_folder / "metadata.csv").open("a") as metadata:
+        metadata.write("\nghost.wav,boo")
+    assert len(load_corpus(str(audio_folder))) == 4
+    assert "skipped ghost.wav: no such file" in caplog.text
+
+
+def test_folder_without_audio_says_what_it_found(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(FileNotFoundError, match=r"no audio in .*found 1 × .txt; expected .*\.wav"):
+        load_corpus(str(tmp_path))
+
+
+def test_folder_with_only_bad_audio_is_refused(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="no usable audio"):
+        load_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sources": "/no/such/folder"}, FileNotFoundError, "no folder or file /no/such/folder"),
+        ({"sources": "demo", "split": "dev"}, ValueError, "demo has no split 'dev'; it has test, train, validation"),
+        ({"sources": "demo", "audio_column": "speech"}, ValueError, "no column 'speech'; it has id, audio, text"),
+        ({"sources": "demo", "text_column": "words", "require_text": True}, ValueError, "no column 'words'"),
+    ],
+)
+def test_wrong_source_split_or_column_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        load_corpus(**arguments)
+
+
+def test_metadata_without_its_column_names_those_it_has(audio_folder):
+    with pytest.raises(ValueError, match=r"metadata.csv has no column 'sentence'; it has file_name, text"):
+        load_corpus(str(audio_folder), text_column="sentence", require_text=True)
+    assert load_corpus(str(audio_folder), text_column="sentence")["text"] == [None] * 4
+
+
+def test_folder_without_texts_is_refused_when_texts_are_needed(tmp_path, clips):
+    soundfile.write(tmp_path / "a.wav", clips[0], 16000)
+    with pytest.raises(ValueError, match="has no texts: expected metadata.csv"):
+        load_corpus(str(tmp_path), require_text=True)
+
+
+def test_held_out_clips_stay_held_out_when_a_folder_grows(tmp_path, clips):
+    for number in range(30):
+        soundfile.write(tmp_path / f"{number}.wav", clips[0], 16000)
+    train, validation = load_train_and_validation(str(tmp_path), validation_fraction=0.2)
+    assert not set(train["id"]) & set(validation["id"])
+    assert len(train) + len(validation) == 30
+    for number in range(30, 50):
+        soundfile.write(tmp_path / f"{number}.wav", clips[0], 16000)
+    _, larger = load_train_and_validation(str(tmp_path), validation_fraction=0.2)
+    assert set(validation["id"]) <= set(larger["id"])
+
+
+# ---- data set ----
+
+
+def test_long_recordings_are_split_into_parts_that_make_up_the_whole(tmp_path, clips):
+    recording = np.concatenate(clips)
+    soundfile.write(tmp_path / "long.flac", recording, 16000, subtype="PCM_24")
+    dataset = SpeechDataset(load_corpus(str(tmp_path)), 16000, max_seconds=2.0)
+    assert dataset.durations.max() <= 2.0
+    parts = [dataset[0, index]["input_values"] for index in range(len(dataset))]
+    joined = np.concatenate(parts)
+    assert abs(len(joined) - len(recording)) <= len(parts)
+    assert dataset.hours == pytest.approx(len(recording) / 16000 / 3600)
+    np.testing.assert_allclose(parts[0], recording[: len(parts[0])], atol=1e-6)
+
+
+def test_short_clips_are_left_out_and_counted(audio_folder, caplog):
+    soundfile.write(audio_folder / "click.wav", np.full(160, 0.1), 16000)
+    assert len(SpeechDataset(load_corpus(str(audio_folder)), 16000, min_seconds=0.1)) == 4
+    assert "1 of 5 clips are shorter than 0.1 s" in caplog.text
+    with pytest.raises(ValueError, match="all are shorter than min_seconds=100"):
+        SpeechDataset(load_corpus(str(audio_folder)), 16000, min_seconds=100)
+
+
+def test_clip_that_cannot_be_decoded_is_named_and_comes_without_samples(audio_folder, clips, caplog):
+    (audio_folder / "broken.flac").write_bytes(wav_bytes(clips[4], format="FLAC")[:3000])
+    soundfile.write(audio_folder / "silent.wav", np.zeros(16000), 16000)
+    dataset = SpeechDataset(load_corpus(str(audio_folder)), 16000)
+    items = {dataset.corpus[int(dataset.rows[i])]["id"]: dataset[0, i]["input_values"] for i in range(len(dataset))}
+    assert [name for name, values in items.items() if values is None] == ["broken.flac", "silent.wav"]
+    assert "skipped broken.flac: " in caplog.text
+    assert "skipped silent.wav: digital silence" in caplog.text
+
+
+# ---- masks ----
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    num_frames=st.integers(0, 400),
+    mask_prob=st.floats(0, 1.5),
+    span=st.integers(1, 40),
+    seed=st.integers(0, 2**32),
+)
+def test_span_mask_properties(num_frames, mask_prob, span, seed):
+    mask = span_mask(num_frames, mask_prob, span, np.random.default_rng(seed))
+    assert mask.shape == (num_frames,)
+    assert np.array_equal(mask, span_mask(num_frames, mask_prob, span, np.random.default_rng(seed)))
+    if num_frames < 3 or mask_prob == 0:
+        assert not mask.any()
+    else:
+        assert 2 <= mask.sum() < num_frames
+
+
+def test_masked_share_is_as_documented():
+    rng = np.random.default_rng(0)
+    share = np.mean([span_mask(300, 0.65, 10, rng).mean() for _ in range(300)])
+    assert share == pytest.approx(1 - np.exp(-0.65), abs=0.02)
+
+
+@given(num_masked=st.integers(0, 60), num_negatives=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_negatives_are_other_masked_frames(num_masked, num_negatives, seed):
+    negatives = draw_negatives(num_masked, num_negatives, np.random.default_rng(seed))
+    if num_masked < 2:
+        assert negatives.shape == (0, num_negatives)
+    else:
+        assert negatives.shape == (num_masked, num_negatives)
+        assert negatives.min() >= 0
+        assert negatives.max() < num_masked
+        assert (negatives != np.arange(num_masked)[:, None]).all()
+
+
+def test_negatives_are_uniform_over_the_other_frames():
+    negatives = draw_negatives(5, 20000, np.random.default_rng(0))
+    shares = np.bincount(negatives[2], minlength=5) / 20000
+    np.testing.assert_allclose(shares, [0.25, 0.25, 0, 0.25, 0.25], atol=0.02)
+
+
+# ---- batches ----
+
+durations_strategy = st.lists(st.floats(0.1, 30), min_size=1, max_size=200)
+
+
+@settings(deadline=None, max_examples=200)
+@given(durations=durations_strategy, max_seconds=st.floats(1, 100), epoch=st.integers(0, 5), world_size=st.integers(1, 4))
+def test_batches_hold_every_clip_within_the_limit(durations, max_seconds, epoch, world_size):
+    durations = np.array(durations)
+    batches = []
+    for rank in range(world_size):
+        sampler = DurationBatchSampler(durations, max_seconds, seed=3, rank=rank, world_size=world_size)
+        sampler.set_epoch(epoch)
+        own = list(sampler)
+        assert len(own) == len(sampler)
+        batches += own
+    assert all(key[0] == epoch for batch in batches for key in batch)
+    indices = [[key[1] for key in batch] for batch in batches]
+    assert set(sum(indices, [])) == set(range(len(durations)))
+    for batch in indices:
+        assert len(batch) == 1 or durations[batch].max() * len(batch) <= max_seconds * (1 + 1e-9)
+    if world_size == 1:
+        assert sorted(sum(indices, [])) == list(range(len(durations)))
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    durations = np.random.default_rng(0).uniform(1, 10, 300)
+
+    def order(seed, epoch):
+        sampler = DurationBatchSampler(durations, 30, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert [[key[1] for key in batch] for batch in order(0, 0)] != [[key[1] for key in batch] for batch in order(0, 1)]
+    assert order(0, 1) != order(1, 1)
+
+
+def test_evaluation_ranks_share_the_clips_without_repeats():
+    durations = np.random.default_rng(0).uniform(1, 10, 101)
+    samplers = [DurationBatchSampler(durations, 30, shuffle=False, rank=rank, world_size=3) for rank in range(3)]
+    indices = [key[1] for sampler in samplers for batch in sampler for key in batch]
+    assert sorted(indices) == list(range(101))
+    assert [len(list(sampler)) for sampler in samplers] == [len(sampler) for sampler in samplers]
+
+
+def test_little_of_a_batch_is_padding():
+    durations = load_corpus("demo")["duration"]
+    sampler = DurationBatchSampler(np.array(durations), 40)
+    padded = sum(max(durations[i] for _, i in batch) * len(batch) for batch in sampler)
+    assert padded / sum(durations) < 1.1
+
+
+# ---- collators ----
+
+
+def make_items(clips, epoch=0):
+    return [{"index": n, "seed": (0, epoch, n), "input_values": clip} for n, clip in enumerate(clips)]
+
+
+def test_what_is_drawn_for_a_clip_does_not_depend_on_its_batch(clips):
+    collator = PretrainingCollator(frames, num_negatives=9)
+    items = make_items(clips)
+    together, alone = collator(items), collator(items[3:4])
+    length = frames(len(clips[3]))
+    mask = together["mask_time_indices"]
+    assert torch.equal(mask[3, :length], alone["mask_time_indices"][0])
+    before, own = mask[:3].sum(), mask[3].sum()
+    assert torch.equal(together["negative_indices"][before : before + own] - before, alone["negative_indices"])
+
+
+def test_masks_change_with_the_epoch(clips):
+    collator = PretrainingCollator(frames)
+    first, second = (collator(make_items(clips, epoch))["mask_time_indices"] for epoch in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_masks_stay_off_padding_and_negatives_in_their_clip(clips):
+    batch = PretrainingCollator(frames, num_negatives=9)(make_items(clips))
+    owners = batch["mask_time_indices"].nonzero()[:, 0]
+    for row, clip in zip(batch["mask_time_indices"], clips):
+        assert not row[frames(len(clip)) :].any()
+    assert len(batch["negative_indices"]) == len(owners)
+    assert (owners[batch["negative_indices"]] == owners[:, None]).all()
+
+
+def test_clips_that_cannot_be_decoded_are_counted_and_left_out(clips):
+    items = make_items(clips)
+    items[1]["input_values"] = None
+    for collator in (PretrainingCollator(frames), CTCCollator(frames, [[1]] * 5, mask_time_prob=0.5)):
+        batch = collator(items)
+        assert len(batch["input_values"]) == 4
+        assert batch["num_skipped"] == 1
+        nothing = collator([items[1]])
+        assert nothing["num_skipped"] == 1
+        assert not nothing["mask_time_indices"].any()
+
+
+def test_ctc_collator_masks_and_labels(clips):
+    labels = [[1, 2, 3], [4], [5, 6], [7], [8]]
+    batch = CTCCollator(frames, labels, mask_time_prob=0.5, num_feature_masks=2, mask_feature_span=15)(make_items(clips))
+    assert batch["labels"][1].tolist() == [4, -100, -100]
+    assert batch["index"].tolist() == [0, 1, 2, 3, 4]
+    assert batch["mask_feature_indices"].shape == (5, 80)
+    assert 0 < batch["mask_feature_indices"].float().mean() <= 30 / 80
+    plain = CTCCollator(frames, labels)(make_items(clips))
+    assert "mask_time_indices" not in plain
+    assert "mask_feature_indices" not in plain
+
+
+def test_no_attention_mask_where_nothing_is_padded(clips):
+    assert "attention_mask" not in PretrainingCollator(frames)(make_items(clips[:1]))
+    assert "attention_mask" in PretrainingCollator(frames)(make_items(clips[:2]))

@@ -1,0 +1,238 @@
+"""Invariants of the encoder and its heads."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_speechcl import (
+    SpeechCLConfig,
+    SpeechCLForCTC,
+    SpeechCLForPreTraining,
+    SpeechCLForSequenceClassification,
+    SpeechCLModel,
+)
+from hf_speechcl.data.collators import PretrainingCollator, pad_waveforms
+from tests.conftest import SMALL_OBJECTIVES, TINY
+
+CLASSES = [SpeechCLModel, SpeechCLForCTC, SpeechCLForSequenceClassification, SpeechCLForPreTraining]
+
+
+def frame_outputs(model, clips, seeds):
+    """What a model says of each clip of a batch, without padding: lists of tensors."""
+    if isinstance(model, SpeechCLForPreTraining):
+        frame_length = model._get_feat_extract_output_lengths
+        collator = PretrainingCollator(frame_length, num_negatives=7)
+        batch = collator([{"input_values": clip, "seed": seed} for clip, seed in zip(clips, seeds)])
+        batch.pop("num_skipped")
+        outputs = model(**batch).objectives
+        return [torch.stack([output.loss, output.num_items.float()]) for output in outputs.values()]
+    batch = pad_waveforms(clips)
+    outputs = model(**batch)
+    if isinstance(model, SpeechCLForSequenceClassification):
+        return list(outputs.logits)
+    lengths = [model._get_feat_extract_output_lengths(len(clip)) for clip in clips]
+    rows = outputs.logits if isinstance(model, SpeechCLForCTC) else outputs.last_hidden_state
+    return [row[:length] for row, length in zip(rows, lengths)]
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("subsampling_factor", [2, 4, 8])
+def test_clip_alone_equals_clip_in_padded_batch(model_class, subsampling_factor, clips):
+    config = SpeechCLConfig(**TINY, objectives=SMALL_OBJECTIVES, subsampling_factor=subsampling_factor)
+    model = model_class(config).eval()
+    seeds = [(0, 0, number) for number in range(len(clips))]
+    together = frame_outputs(model, clips, seeds)
+    alone = [frame_outputs(model, [clip], [seed]) for clip, seed in zip(clips, seeds)]
+    if model_class is SpeechCLForPreTraining:  # sums over the batch
+        alone = [torch.stack(parts).sum(0) for parts in zip(*alone)]
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    else:
+        torch.testing.assert_close(together, [outputs[0] for outputs in alone], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_eager_attention_equals_sdpa(model_class, pretraining_config, clips):
+    model = model_class(pretraining_config).eval()
+    seeds = [(0, 0, number) for number in range(len(clips))]
+    outputs = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        assert model.config._attn_implementation == attention
+        outputs[attention] = frame_outputs(model, clips, seeds)
+    torch.testing.assert_close(outputs["eager"], outputs["sdpa"], rtol=1e-5, atol=1e-5)
+
+
+def test_flex_attention_equals_sdpa(config, clips):
+    model = SpeechCLModel(config).eval()
+    outputs = {}
+    for attention in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():  # flex attention has no backward pass on CPUs
+            outputs[attention] = model(pad_waveforms(clips[:1])["input_values"]).last_hidden_state
+    torch.testing.assert_close(outputs["flex_attention"], outputs["sdpa"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("subsampling_factor", [2, 4, 8])
+@pytest.mark.parametrize("num_samples", [1, 159, 160, 161, 639, 640, 641, 16000, 16001])
+def test_frame_count_is_samples_over_ratio_rounded_up(config, subsampling_factor, num_samples):
+    config.subsampling_factor = subsampling_factor
+    model = SpeechCLModel(config).eval()
+    frames = model(torch.randn(1, num_samples)).last_hidden_state.shape[1]
+    assert frames == -(-num_samples // config.inputs_to_logits_ratio)
+    assert frames == model._get_feat_extract_output_lengths(num_samples)
+
+
+def test_unpadded_batch_equals_mask_of_ones(config, clips):
+    model = SpeechCLModel(config).eval()
+    values = torch.from_numpy(clips[0])[None]
+    torch.testing.assert_close(
+        model(values).last_hidden_state, model(values, attention_mask=torch.ones_like(values).long()).last_hidden_state
+    )
+
+
+def test_no_attention_mask_reaches_the_layers_when_nothing_is_padded(config, clips):
+    model = SpeechCLModel(config).eval()
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    model(torch.from_numpy(clips[0])[None])
+    assert seen == [None]
+
+
+def test_mask_replaces_exactly_the_masked_frames_before_the_layers(config, clips):
+    model = SpeechCLModel(config).eval()
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    values = torch.from_numpy(clips[1])[None]
+    mask = torch.zeros(1, model._get_feat_extract_output_lengths(values.shape[1]), dtype=torch.bool)
+    mask[0, 2:5] = True
+    plain, masked = model(values), model(values, mask_time_indices=mask)
+    torch.testing.assert_close(seen[1][mask], model.masked_spec_embed.expand(3, -1))
+    torch.testing.assert_close(seen[1][~mask], seen[0][~mask])
+    torch.testing.assert_close(plain.extract_features, masked.extract_features)
+
+
+def test_log_mel_of_a_cut_recording_equals_that_of_the_whole(config, clips):
+    log_mel = SpeechCLModel(config).log_mel
+    whole = torch.from_numpy(clips[3])[None]
+    cut = 40 * config.hop_length
+    frames = torch.cat((log_mel(whole[:, :cut]), log_mel(whole[:, cut:])), dim=1)
+    inner = torch.ones(frames.shape[1], dtype=torch.bool)
+    inner[39:41] = False  # the two frames whose windows cross the cut
+    torch.testing.assert_close(frames[:, inner], log_mel(whole)[:, inner])
+
+
+def test_log_mel_peaks_at_the_bin_of_a_tone(config):
+    log_mel = SpeechCLModel(config).log_mel
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000)[None]
+    peak = log_mel(tone)[0, 50].argmax().item()
+    frequencies = torch.arange(log_mel.filters.shape[0]) * 16000 / log_mel.n_fft
+    centre = (log_mel.filters[:, peak] * frequencies).sum() / log_mel.filters[:, peak].sum()
+    assert abs(centre - 1000) < 60
+
+
+@pytest.mark.parametrize("signal", ["silence", "constant", "full_scale"])
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_loss_and_gradients_are_finite_on_odd_signals(model_class, signal, pretraining_config):
+    values = {"silence": np.zeros(16000), "constant": np.full(16000, 0.5), "full_scale": np.sign(np.sin(np.arange(16000)))}
+    clip = values[signal].astype(np.float32)
+    model = model_class(pretraining_config).train()
+    if model_class is SpeechCLForPreTraining:
+        batch = PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=7)(
+            [{"input_values": clip, "seed": (0, 0, 0)}]
+        )
+        batch.pop("num_skipped")
+        loss = model(**batch).loss
+    elif model_class is SpeechCLModel:
+        loss = model(torch.from_numpy(clip)[None]).last_hidden_state.square().mean()
+    else:
+        labels = torch.tensor([[1, 2, 3]]) if model_class is SpeechCLForCTC else torch.tensor([1])
+        loss = model(torch.from_numpy(clip)[None], labels=labels).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert torch.isfinite(norm)
+    assert norm < 1e4
+
+
+def test_ctc_output_is_blank_on_padding(config, clips):
+    model = SpeechCLForCTC(config).eval()
+    logits = model(**pad_waveforms(clips[:3])).logits
+    for row, clip in zip(logits, clips):
+        padding = row[model._get_feat_extract_output_lengths(len(clip)) :]
+        assert (padding.argmax(-1) == config.pad_token_id).all()
+
+
+def test_ctc_loss_is_the_sum_over_clips(config, clips):
+    model = SpeechCLForCTC(config).eval()
+    labels = torch.tensor([[3, 4, 5, -100], [6, 6, -100, -100], [7, 8, 9, 10]])
+    together = model(**pad_waveforms(clips[1:4]), labels=labels).loss
+    alone = sum(
+        model(torch.from_numpy(clip)[None], labels=row[None][row[None] >= 0][None]).loss
+        for clip, row in zip(clips[1:4], labels)
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(config, clips):
+    model = SpeechCLModel(config).train()
+    batch = pad_waveforms(clips[:2])
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**batch).last_hidden_state.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
+
+
+def test_layerdrop_bypasses_whole_layers_in_training_only(clips):
+    model = SpeechCLModel(SpeechCLConfig(**TINY, layerdrop=0.9999999))
+    values = torch.from_numpy(clips[0])[None]
+    hidden_states = model.train()(values, output_hidden_states=True).hidden_states
+    dropped = model(values).last_hidden_state
+    torch.testing.assert_close(dropped, model.norm(hidden_states[0]))
+    assert not torch.allclose(model.eval()(values).last_hidden_state, dropped)
+
+
+def test_hidden_states_and_attentions_have_their_shapes(config, clips):
+    model = SpeechCLModel(config).eval()
+    model.set_attn_implementation("eager")
+    outputs = model(torch.from_numpy(clips[0])[None], output_hidden_states=True, output_attentions=True)
+    frames = outputs.last_hidden_state.shape[1]
+    assert len(outputs.hidden_states) == config.num_hidden_layers + 1
+    assert [tuple(a.shape) for a in outputs.attentions] == [(1, config.num_attention_heads, frames, frames)] * 2
+    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(1, config.num_attention_heads, frames))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_named_sizes_have_their_parameters(size):
+    with torch.device("meta"):
+        model = SpeechCLModel(SpeechCLConfig.from_size(size))
+    millions = {"tiny": 5, "small": 22, "base": 86, "large": 304}[size]
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("subsampling_factor", 3, "subsampling_factor must be 2, 4 or 8"),
+        ("hidden_size", 30, "hidden_size"),
+        ("hop_length", 500, "hop_length"),
+        ("ctc_loss_reduction", "none", "ctc_loss_reduction"),
+        ("layerdrop", 1.5, "layerdrop"),
+    ],
+)
+def test_impossible_configuration_is_refused_by_name(field, value, message):
+    with pytest.raises(Exception, match=message):
+        SpeechCLConfig(**{field: value})
+
+
+def test_empty_waveform_is_refused(config):
+    with pytest.raises(ValueError, match="samples > 0"):
+        SpeechCLModel(config)(torch.zeros(1, 0))
+
+
+def test_label_outside_the_vocabulary_is_refused(config):
+    with pytest.raises(ValueError, match="outside the vocabulary of 32"):
+        SpeechCLForCTC(config)(torch.randn(1, 16000), labels=torch.tensor([[32]]))
