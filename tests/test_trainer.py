@@ -1,0 +1,192 @@
+"""The trainer's arithmetic, resume after a kill, and more than one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForPreTraining, SpeechDataset
+from hf_speechcl.data import CTCCollator, PretrainingCollator
+from hf_speechcl.training.arguments import SpeechTrainingArguments
+from hf_speechcl.training.finetune_ctc import CTCTrainer, CTCTrainingArguments
+from hf_speechcl.training.trainer import PretrainingTrainer, find_checkpoint
+from tests.conftest import FAST_RUN, ROOT, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, run_script
+
+
+def make_pretraining_trainer(corpus, output_dir, objectives=SMALL_OBJECTIVES):
+    model = SpeechCLForPreTraining(SpeechCLConfig(**TINY, objectives=objectives))
+    dataset = SpeechDataset(corpus.select(range(12)), 16000)
+    return PretrainingTrainer(
+        model=model,
+        args=SpeechTrainingArguments(output_dir=str(output_dir), use_cpu=True, report_to="none"),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=7),
+        max_seconds_per_batch=8,
+    )
+
+
+def make_ctc_trainer(corpus, output_dir, **arguments):
+    model = SpeechCLForCTC(SpeechCLConfig(**TINY))
+    dataset = SpeechDataset(corpus.select(range(12)), 16000)
+    labels = [[1 + (row + place) % 30 for place in range(2 + row % 3)] for row in range(12)]
+    return CTCTrainer(
+        model=model,
+        args=CTCTrainingArguments(output_dir=str(output_dir), use_cpu=True, report_to="none", **arguments),
+        references=["a b"] * 12,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=CTCCollator(model._get_feat_extract_output_lengths, labels, mask_time_prob=0.3, num_feature_masks=1),
+        max_seconds_per_batch=8,
+    )
+
+
+def gradients(trainer, micro_batches):
+    """Gradients that the trainer accumulates over the micro-batches of one update, and the loss that it reports."""
+    trainer.model.zero_grad()
+    batches, counts = trainer.get_batch_samples(iter(micro_batches), len(micro_batches), trainer.args.device)
+    trainer.current_gradient_accumulation_steps = len(batches)
+    loss = sum(trainer.training_step(trainer.model, batch, counts) for batch in batches)
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["best_rq", "wav2vec2", "both", "ctc"])
+def test_gradient_of_one_batch_equals_gradient_of_unequal_micro_batches(kind, corpus, tmp_path, monkeypatch):
+    # Gumbel noise is drawn per batch and would differ; everything else that is random belongs to a clip.
+    monkeypatch.setattr(
+        nn.functional,
+        "gumbel_softmax",
+        lambda logits, tau, hard: nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
+        + (logits / tau).softmax(-1)
+        - (logits / tau).softmax(-1).detach(),
+    )
+    if kind == "ctc":
+        trainer = make_ctc_trainer(corpus, tmp_path)
+    else:
+        objectives = SMALL_OBJECTIVES if kind == "both" else {kind: SMALL_OBJECTIVES[kind]}
+        trainer = make_pretraining_trainer(corpus, tmp_path, objectives)
+    items = [trainer.train_dataset[0, index] for index in range(12)]
+    collate = trainer.data_collator
+    whole = gradients(trainer, [collate(items)])
+    parts = [collate(items[:1]), collate(items[1:9]), collate(items[9:])]
+    counts = [sum(count.item() for count in trainer.count_items(part).values()) for part in parts]
+    assert len(set(counts)) == 3
+    torch.testing.assert_close(gradients(trainer, parts), whole, rtol=1e-5, atol=1e-5)
+    assert max(gradient.abs().max() for gradient in whole[1].values()) > 1e-3
+
+
+def test_validation_loss_is_the_same_every_time_and_does_not_depend_on_the_batches(corpus, tmp_path):
+    trainer = make_pretraining_trainer(corpus, tmp_path)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first == second
+    trainer.max_seconds_per_batch = 30
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-5)
+    assert set(first) >= {"eval_loss", "eval_best_rq/accuracy", "eval_best_rq/code_perplexity", "eval_wav2vec2/loss"}
+
+
+def test_logged_scalars_are_those_of_all_batches_since_the_last_log(corpus, tmp_path):
+    trainer = make_pretraining_trainer(corpus, tmp_path)
+    trainer.args.max_steps, trainer.args.logging_steps, trainer.args.eval_strategy = 4, 2, "no"
+    trainer.args.learning_rate = 0.0
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        assert set(entry) >= {"grad_norm", "learning_rate", "best_rq/loss", "best_rq/accuracy", "wav2vec2/code_perplexity"}
+        assert 0 <= entry["best_rq/accuracy"] <= 1
+
+
+def test_training_stops_when_the_loss_is_not_finite(corpus, tmp_path):
+    trainer = make_pretraining_trainer(corpus, tmp_path)
+    nn.init.constant_(trainer.model.speechcl.norm.weight, float("nan"))
+    trainer.args.max_steps, trainer.args.logging_steps = 4, 1
+    with pytest.raises(FloatingPointError, match="loss is nan at update 1: lower learning_rate"):
+        trainer.train()
+
+
+def test_head_and_encoder_have_their_learning_rates_and_the_encoder_waits(corpus, tmp_path):
+    trainer = make_ctc_trainer(
+        corpus, tmp_path, learning_rate=1e-4, head_learning_rate=1e-2, freeze_encoder_steps=3, max_steps=6,
+        warmup_steps=0, eval_strategy="no", save_strategy="no", lr_scheduler_type="constant",
+    )  # fmt: skip
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.args.max_steps = 3
+    trainer.train()
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"lm_head.weight", "lm_head.bias"}
+    trainer.optimizer = None
+    trainer.args.max_steps = 6
+    trainer.train()
+    rates = {group["in_encoder"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {True: 1e-4, False: 1e-2}
+    assert not torch.equal(trainer.model.speechcl.norm.weight, before["speechcl.norm.weight"])
+
+
+def test_find_checkpoint(tmp_path):
+    assert find_checkpoint(str(tmp_path), None) is None
+    assert find_checkpoint(str(tmp_path), "last") is None
+    for step, state in ((8, '{"global_step": 8}'), (9, ""), (10, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert find_checkpoint(str(tmp_path), "last") == str(tmp_path / "checkpoint-8")
+    with pytest.raises(FileExistsError, match="holds checkpoint-8 of an earlier run: pass --resume_from_checkpoint last"):
+        find_checkpoint(str(tmp_path), None)
+    with pytest.raises(FileNotFoundError, match="not a complete checkpoint"):
+        find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-9"))
+
+
+def pretraining_command(output_dir, max_steps, *more):
+    return [
+        "--output_dir", output_dir, "--max_steps", max_steps, "--objectives", "best_rq=1", "wav2vec2=0.5",
+        "--encoder_options", *TINY_OPTIONS, "hidden_dropout=0.1", "layerdrop=0.2", *FAST_RUN, "--save_strategy", "steps", *more,
+    ]  # fmt: skip
+
+
+def test_run_killed_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(tmp_path):
+    steps = 55  # past the first epoch's end
+    command = pretraining_command(tmp_path / "whole", steps, "--save_steps", 100)
+    command[command.index("12")] = "30"
+    run_script("pretrain.py", *command)
+
+    command = pretraining_command(tmp_path / "killed", steps, "--save_steps", 25)
+    command[command.index("12")] = "30"
+    script = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *map(str, command)]
+    process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not (tmp_path / "killed" / "checkpoint-25" / "trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+
+    refused = run_script("pretrain.py", *command, check=False)
+    assert refused.returncode
+    assert "pass --resume_from_checkpoint last" in refused.stderr
+    resumed = run_script("pretrain.py", *command, "--resume_from_checkpoint", "last")
+    assert "resuming from" in resumed.stderr
+    whole, again = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "killed"))
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+
+
+def test_two_processes_equal_one_that_accumulates(tmp_path):
+    common = ["--max_steps", 4, "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--optim", "sgd", "--learning_rate", "0.1"]
+    common += ["--objectives", "best_rq=1"]
+    run_script("pretrain.py", *common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "scripts" / "pretrain.py"), *map(str, common), "--output_dir", str(tmp_path / "two")]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
