@@ -75,24 +75,29 @@ def metrics_table(metrics: dict[str, float]) -> str:
     return "\n".join(["| metric | value |", "|---|---|", *rows])
 
 
-def plot_curves(log_history: list[dict], file: Path) -> None:
-    """Draw losses, accuracies and error rates against updates, from a Trainer's log, training and validation together."""
+def plot_curves(runs: dict[str, list[dict]], file: Path) -> None:
+    """Draw losses, accuracies and error rates against updates.
+
+    Args:
+        runs: a Trainer's log for every label; training and validation are drawn into the same panels.
+        file: the picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for entry in log_history:
-        for name, value in entry.items():
-            part, key = ("validation", name[5:]) if name.startswith("eval_") else ("training", name)
-            if key.rsplit("/")[-1] in ("loss", "accuracy", "code_perplexity", "wer", "cer", "grad_norm"):
-                panels.setdefault(key, {}).setdefault(part, []).append((entry["step"], value))
-    if set(panels) >= {"loss"} and sum(name.endswith("/loss") for name in panels) == 1:
-        panels = {name: curves for name, curves in panels.items() if not name.endswith("/loss")}
+    for label, log_history in runs.items():
+        for entry in log_history:
+            for name, value in entry.items():
+                part, key = ("validation", name[5:]) if name.startswith("eval_") else ("training", name)
+                if key.rsplit("/")[-1] in ("loss", "accuracy", "code_perplexity", "wer", "cer") and key != "loss":
+                    curve = panels.setdefault(key, {}).setdefault(f"{label} {part}".strip(), [])
+                    curve.append((entry["step"], value))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (name, curves) in zip(axes.flat, panels.items()):
@@ -100,7 +105,7 @@ def plot_curves(log_history: list[dict], file: Path) -> None:
             axis.plot(*zip(*points), label=part, marker="." if len(points) < 30 else None)
         axis.set(title=name, xlabel="updates")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize="small")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

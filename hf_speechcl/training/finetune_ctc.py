@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     if not trainer.is_world_process_zero():
         return
 
-    plot_curves(trainer.state.log_history, output_dir / CURVES)
+    plot_curves({"": trainer.state.log_history}, output_dir / CURVES)
     (output_dir / "results.json").write_text(json.dumps(metrics, indent=2))
     origin = "from scratch" if model_args.model in SIZES else f"from `{source_name(model_args.model)}`"
     corpus_name = ", ".join(map(source_name, data_args.corpus))

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     folder = Path(args.output_dir)
-    plot_curves(trainer.state.log_history, folder / CURVES)
+    plot_curves({"": trainer.state.log_history}, folder / CURVES)
     (folder / "results.json").write_text(json.dumps(metrics, indent=2))
     names = ", ".join(f"{name} ({json.dumps(options)})" for name, options in config.objectives.items())
     write_card(

@@ -1,0 +1,24 @@
+# Sourced by quickstart.sh and test.sh: a virtual environment with pinned packages, made once and used again after.
+# $1: "pinned" (scripts/constraints.txt) or "lowest" (every package at its lower bound in pyproject.toml).
+# PYTHON: the interpreter to make it with; VENV: where to make it.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${VENV:-$root/.venv}"
+constraints="$root/scripts/constraints.txt"
+if [ "$1" = lowest ]; then
+  venv="${VENV:-$root/.venv-lowest}"
+  mkdir -p "$venv"
+  constraints="$venv/constraints.txt"
+  grep -oE '"[A-Za-z_-]+>=[0-9.]+' "$root/pyproject.toml" | grep -v setuptools | tr -d '"' | sed 's/>=/==/' | sort -u > "$constraints"
+fi
+installed="$venv/installed-$(cat "$constraints" "$root/pyproject.toml" | sha256sum | cut -c1-16)"
+
+if [ ! -f "$installed" ]; then
+  echo "Setting up $venv (once; one to five minutes) ..."
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, found {sys.version}" if sys.version_info < (3, 10) else 0)'
+  "${PYTHON:-python3}" -m venv "$venv"
+  # torch first and by its exact version: a range would fetch a newer build with gigabytes of CUDA.
+  "$venv/bin/pip" install --quiet --disable-pip-version-check "$(grep '^torch==' "$constraints")"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$root[dev]"
+  touch "$installed"
+fi

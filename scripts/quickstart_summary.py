@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""The end of quickstart.sh: its table, the picture of its curves, three transcripts, and what to type next.
+
+python scripts/quickstart_summary.py FOLDER SECONDS
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+# Python puts this folder on its path, where evaluate.py would hide the package evaluate.
+sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
+from transformers import pipeline  # noqa: E402
+
+import hf_speechcl  # noqa: E402, F401  (registers the model classes)
+from hf_speechcl.ctc import normalize_text  # noqa: E402
+from hf_speechcl.data import load_corpus  # noqa: E402
+from hf_speechcl.data.audio import read_audio  # noqa: E402
+from hf_speechcl.hub import plot_curves  # noqa: E402
+
+
+def main(folder: Path, seconds: float) -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    histories = {
+        label: json.loads((folder / run / "trainer_state.json").read_text())["log_history"]
+        for label, run in {"pre-training": "encoder", "pre-trained": "recognizer", "from scratch": "scratch"}.items()
+    }
+    plot_curves(histories, folder / "curves.png")
+
+    recognizer = pipeline("automatic-speech-recognition", model=str(folder / "recognizer"))
+    test = load_corpus("demo", "test")
+    chosen = [row for row in test if 2.5 < row["duration"] < 4][:3]
+    texts = recognizer([read_audio(row["audio"], 16000) for row in chosen])
+
+    print(f"\nTest split, {len(test)} clips, texts never seen; shares of words and characters, [95% interval]\n")
+    print(f"{'':14} {'WER':24} {'CER':24}")
+    for label, run in {"pre-trained": "recognizer", "from scratch": "scratch"}.items():
+        scores = json.loads((folder / run / "test.json").read_text())
+        cells = [f"{scores[m]:6.1%} [{scores[m + '_low']:.1%}, {scores[m + '_high']:.1%}]" for m in ("wer", "cer")]
+        print(f"{label:14} {cells[0]:24} {cells[1]:24}")
+    print("\nThree test clips through the pipeline:")
+    for row, text in zip(chosen, texts):
+        print(f"  {row['id']}\n    reference   {normalize_text(row['text'])}\n    transcript  {text['text']}")
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    print(f"\nCurves: {folder / 'curves.png'}\nModel with its card: {folder / 'recognizer'}\nTime: {seconds:.0f} s")
+    print(f"\nNext, your own audio:\n  {python} scripts/pretrain.py --corpus YOUR_FOLDER --output_dir runs/mine --max_steps 2000")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,240 @@
+"""The scripts as a user runs them: the whole road, configurations, wrong options and bad files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from huggingface_hub import ModelCard
+from transformers import pipeline
+
+from hf_speechcl.training.arguments import (
+    PretrainingDataArguments,
+    PretrainingModelArguments,
+    SpeechTrainingArguments,
+    parse_arguments,
+    parse_assignments,
+    parse_objectives,
+)
+from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
+
+SCRIPTS = ["pretrain.py", "finetune_ctc.py", "evaluate.py"]
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """A folder with an encoder and a recogniser trained for a few updates, and its scores."""
+    folder = tmp_path_factory.mktemp("road")
+    pretrained = run_script(
+        "pretrain.py", "--output_dir", folder / "encoder", "--max_steps", 3, "--encoder_options", *TINY_OPTIONS,
+        "--objectives", "best_rq=1.0", "wav2vec2=0.5", *FAST_RUN, "--report_to", "tensorboard",
+        env={"TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard")},
+    )  # fmt: skip
+    tuned = run_script(
+        "finetune_ctc.py", "--model", folder / "encoder", "--output_dir", folder / "ctc", "--max_steps", 3,
+        "--freeze_encoder_steps", 1, *FAST_RUN,
+    )  # fmt: skip
+    scores = run_script("evaluate.py", "--model", folder / "ctc", "--output_file", folder / "test.json")
+    return {"folder": folder, "pretrain": pretrained, "finetune": tuned, "evaluate": scores}
+
+
+def test_road_leaves_models_cards_curves_and_scores(road):
+    for model in ("encoder", "ctc"):
+        names = {path.name for path in (road["folder"] / model).iterdir()}
+        assert names >= {
+            "model.safetensors", "config.json", "configuration_speechcl.py", "modeling_speechcl.py", "README.md",
+            "curves.png", "results.json", "trainer_state.json",
+        }  # fmt: skip
+    scores = json.loads((road["folder"] / "test.json").read_text())
+    assert (scores["clips"], scores["split"], scores["text_normalization"]) == (83, "test", "basic")
+    assert scores["wer_low"] <= scores["wer"] <= scores["wer_high"]
+    assert len(scores["transcripts"]) == 83
+    assert re.search(r"WER \d+\.\d% +\(95% interval", road["evaluate"].stdout)
+
+
+def test_road_logs_what_a_run_is_judged_by(road):
+    history = json.loads((road["folder"] / "encoder" / "trainer_state.json").read_text())["log_history"]
+    keys = set().union(*history)
+    assert keys >= {
+        "loss", "grad_norm", "learning_rate", "audio_hours", "best_rq/loss", "best_rq/accuracy",
+        "best_rq/code_perplexity", "wav2vec2/loss", "wav2vec2/contrastive_loss", "wav2vec2/diversity_loss",
+        "wav2vec2/accuracy", "wav2vec2/code_perplexity", "wav2vec2/gumbel_temperature", "eval_loss", "eval_best_rq/loss",
+    }  # fmt: skip
+    tuned = json.loads((road["folder"] / "ctc" / "trainer_state.json").read_text())["log_history"]
+    assert set().union(*tuned) >= {"ctc/loss", "eval_wer", "eval_wer_low", "eval_wer_high", "eval_cer", "eval_ctc/loss"}
+
+
+def test_tensorboard_gets_the_scalars(road):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = list((road["folder"] / "tensorboard").rglob("events.*"))
+    assert files
+    tags = set()
+    for file in files:
+        events = EventAccumulator(str(file.parent))
+        events.Reload()
+        tags |= set(events.Tags()["scalars"])
+    assert tags >= {"train/best_rq/accuracy", "train/grad_norm", "eval/best_rq/loss"}
+
+
+def test_cards_are_complete_and_hold_the_numbers_of_the_run(road):
+    for model in ("encoder", "ctc"):
+        folder = road["folder"] / model
+        card = ModelCard.load(folder / "README.md")
+        results = json.loads((folder / "results.json").read_text())
+        assert f"| eval_loss | {results['eval_loss']:.4g} |" in card.text
+        assert "![Loss curves](curves.png)" in card.text
+        assert str(road["folder"]) not in card.content
+        assert not re.search(r"\{\{|\}\}|\[More Information|None", card.content)
+        assert card.data.library_name == "transformers"
+    result = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+    assert result["wer"] == pytest.approx(results["eval_wer"], abs=1e-4)
+    assert "| demo | train | 403 |" in card.text
+
+
+def test_preflight_is_reported_and_written(road):
+    report = json.loads((road["folder"] / "ctc" / "preflight_train.json").read_text())
+    assert {problem["reason"] for problem in report["problems"]} == {"too long"}
+    assert f"{len(report['problems'])} of 406 clips" in road["finetune"].stderr
+
+
+def test_recognizer_of_the_road_runs_in_the_pipeline(road, clips):
+    recognizer = pipeline("automatic-speech-recognition", model=str(road["folder"] / "ctc"))
+    assert "text" in recognizer(clips[0], return_timestamps="word")
+
+
+def test_pretraining_goes_on_from_a_folder_with_other_objectives(road, tmp_path):
+    run_script(
+        "pretrain.py", "--encoder", road["folder"] / "encoder", "--objectives", "wav2vec2", "--output_dir", tmp_path / "more",
+        "--max_steps", 1, *FAST_RUN,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["objectives"] == {"wav2vec2": {"weight": 1.0}}
+
+
+def test_fine_tuning_goes_on_from_a_recognizer_with_its_vocabulary(road, tmp_path, audio_folder):
+    run_script(
+        "finetune_ctc.py", "--model", road["folder"] / "ctc", "--corpus", audio_folder, "--output_dir", tmp_path / "more",
+        "--max_steps", 1, *FAST_RUN,
+    )  # fmt: skip
+    first, second = ((folder / "vocab.json").read_text() for folder in (road["folder"] / "ctc", tmp_path / "more"))
+    assert json.loads(first) == json.loads(second)
+
+
+def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path):
+    soundfile.write(audio_folder / "silent.wav", np.zeros(16000), 16000)
+    (audio_folder / "empty.wav").write_bytes(b"")
+    (audio_folder / "fake.mp3").write_bytes(b"not music" * 50)
+    soundfile.write(audio_folder / "tenth.wav", clips[0][:1600], 16000)
+    soundfile.write(audio_folder / "rate.wav", np.stack([clips[1]] * 2, axis=1), 96000, subtype="PCM_24")
+    soundfile.write(audio_folder / "eight.wav", clips[2], 16000, subtype="PCM_U8")
+    result = run_script(
+        "pretrain.py", "--corpus", audio_folder, "--output_dir", tmp_path / "run", "--max_steps", 6, "--encoder_options",
+        *TINY_OPTIONS, *FAST_RUN, "--validation_fraction", 0.01,
+    )  # fmt: skip
+    for message in (
+        "skipped 2 of 10 files",
+        "skipped empty.wav: empty file",
+        "skipped fake.mp3: not readable as audio",
+        "skipped silent.wav: digital silence",
+        "1 of 7 clips are shorter than 0.4 s",
+    ):
+        assert message in result.stderr
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert sum(entry.get("skipped_clips", 0) for entry in history) > 0
+    assert all(np.isfinite(entry["loss"]) for entry in history if "loss" in entry)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("pretrain.py", ["--objectives", "bestrq=1"], "unknown objective 'bestrq': expected one of best_rq, wav2vec2"),
+        ("pretrain.py", ["--objectives", "best_rq=-1"], "weight of best_rq must be a positive number"),
+        ("pretrain.py", ["--objective_options", "best_rq.size=2"], "has no option size: it takes num_codebooks"),
+        ("pretrain.py", ["--objective_options", "wav2vec2.temperature=2"], "with one of best_rq, found wav2vec2"),
+        ("pretrain.py", ["--encoder", "huge"], "encoder 'huge': expected tiny, small, base, large, a folder"),
+        ("pretrain.py", ["--encoder_options", "width=3"], "width"),
+        ("pretrain.py", ["--corpus", "/no/such"], "no folder or file /no/such"),
+        ("pretrain.py", ["--maxsteps", "3"], "unknown options: --maxsteps 3"),
+        ("pretrain.py", ["--max_steps", "many"], "invalid int value: 'many'"),
+        ("pretrain.py", ["--config", "/no/such.yaml"], "/no/such.yaml: no such file"),
+        ("finetune_ctc.py", ["--model", "huge"], "model 'huge': expected tiny, small, base, large, a folder"),
+        ("finetune_ctc.py", ["--text_normalization", "upper"], "unknown text normalisation 'upper'"),
+        ("finetune_ctc.py", ["--text_column", "words"], "demo has no column 'words'; it has id, audio, text"),
+        ("evaluate.py", ["--model", "tests"], "tests"),
+    ],
+)
+def test_wrong_option_stops_the_script_with_its_name(script, arguments, message, tmp_path):
+    output = [] if script == "evaluate.py" else ["--use_cpu", "--output_dir", tmp_path / "run"]
+    result = run_script(script, *arguments, *output, check=False)
+    assert result.returncode
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_teaches(script):
+    text = run_script(script, "--help").stdout
+    assert f"python scripts/{script}" in text
+    assert "--config" in text
+
+
+def test_configuration_file_sets_options_and_the_command_line_overrides_them(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("encoder: small\nlearning_rate: 1e-3\nobjectives: [wav2vec2=2]\nmax_steps: 7\nuse_cpu: true\n")
+    types = [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments]
+    argv = ["--config", str(file), "--max_steps", "9", "--output_dir", str(tmp_path)]
+    model, data, training = parse_arguments(types, "", argv)
+    assert (model.encoder, model.objectives, training.learning_rate, training.max_steps) == ("small", ["wav2vec2=2"], 1e-3, 9)
+    assert data.mask_span == 0.2
+
+
+def test_unknown_option_in_a_configuration_file_is_named(tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text("encodr: small\n")
+    with pytest.raises(SystemExit):
+        parse_arguments([PretrainingModelArguments], "", ["--config", str(file)])
+    assert "unknown options: encodr" in capsys.readouterr().err
+
+
+def test_assignments_and_objectives():
+    assert parse_assignments(["a=1", "b.c=0.5", "d=1e-3", "e=x", "f=true"], "field") == {
+        "a": 1, "b.c": 0.5, "d": 0.001, "e": "x", "f": True,
+    }  # fmt: skip
+    assert parse_objectives(["best_rq", "wav2vec2=0.5"], ["wav2vec2.temperature=0.2"]) == {
+        "best_rq": {"weight": 1.0},
+        "wav2vec2": {"weight": 0.5, "temperature": 0.2},
+    }
+    with pytest.raises(ValueError, match="field: expected NAME=VALUE, found 'a'"):
+        parse_assignments(["a"], "field")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "scripts" / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_configurations_hold_known_options(file):
+    known = set(yaml.safe_load(file.read_text()))
+    script = "finetune_ctc.py" if "ctc" in file.name else "pretrain.py"
+    text = run_script(script, "--help").stdout
+    assert all(f"--{name}" in text for name in known)
+
+
+def test_accelerate_launch_runs_the_script(tmp_path):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "scripts" / "pretrain.py"), "--output_dir",
+        str(tmp_path / "run"), "--max_steps", "1", "--encoder_options", *TINY_OPTIONS, *FAST_RUN,
+    ]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_pinned_versions_satisfy_the_ranges_of_the_package():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    lowest = dict(re.findall(r'"([A-Za-z_-]+)>=([0-9.]+)', pyproject.split("[project]")[1]))
+    pinned = dict(re.findall(r"^([A-Za-z_-]+)==([0-9.]+)$", (ROOT / "scripts" / "constraints.txt").read_text(), re.M))
+    assert set(pinned) == set(lowest)
+    for name, version in lowest.items():
+        assert [int(part) for part in pinned[name].split(".")] >= [int(part) for part in version.split(".")]
