@@ -94,7 +94,14 @@ class SpeechCLConfig(PreTrainedConfig):
             raise ValueError(f"hop_length ({self.hop_length}) must not exceed frame_length ({self.frame_length})")
         if self.ctc_loss_reduction not in ("sum", "mean"):
             raise ValueError(f"ctc_loss_reduction must be 'sum' or 'mean', found {self.ctc_loss_reduction!r}")
-        for name in ("hidden_dropout", "activation_dropout", "attention_dropout", "feat_proj_dropout", "final_dropout", "layerdrop"):
+        for name in (
+            "hidden_dropout",
+            "activation_dropout",
+            "attention_dropout",
+            "feat_proj_dropout",
+            "final_dropout",
+            "layerdrop",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), found {getattr(self, name)}")
 

@@ -72,7 +72,8 @@ class PreflightReport:
             return f"pre-flight check: all {self.num_clips} clips ({self.hours:.2f} h) can be trained on"
         dropped = sum(problem["duration"] for problem in self.problems) / 3600
         lines = [
-            f"pre-flight check: {len(self.problems)} of {self.num_clips} clips ({dropped:.3f} of {self.hours:.2f} h) are left out"
+            f"pre-flight check: {len(self.problems)} of {self.num_clips} clips "
+            f"({dropped:.3f} of {self.hours:.2f} h) are left out"
         ]
         for reason, count in Counter(problem["reason"] for problem in self.problems).most_common():
             chosen = [problem for problem in self.problems if problem["reason"] == reason]

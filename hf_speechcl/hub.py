@@ -12,7 +12,7 @@ from .configuration_speechcl import SpeechCLConfig
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CURVES = "curves.png"
 
-USE_ENCODER = '''```python
+USE_ENCODER = """```python
 import hf_speechcl  # or trust_remote_code=True in from_pretrained, without the package
 from transformers import AutoModel, AutoModelForCTC
 
@@ -24,16 +24,16 @@ Fine-tune it on transcribed speech:
 
 ```bash
 python scripts/finetune_ctc.py --model {name} --corpus FOLDER_WITH_METADATA_CSV --output_dir runs/ctc
-```'''
+```"""
 
-USE_CTC = '''```python
+USE_CTC = """```python
 from transformers import pipeline
 
 recognizer = pipeline("automatic-speech-recognition", model="{name}", trust_remote_code=True)
 print(recognizer("speech.wav", return_timestamps="word"))
 ```
 
-`trust_remote_code=True` is not needed after `import hf_speechcl`. Long recordings: add `chunk_length_s=20`.'''
+`trust_remote_code=True` is not needed after `import hf_speechcl`. Long recordings: add `chunk_length_s=20`."""
 
 
 def source_name(source: str) -> str:

@@ -86,7 +86,9 @@ class SpeechCLSubsampling(nn.Module):
         super().__init__()
         num_layers = int(math.log2(config.subsampling_factor))
         widths = [config.num_mel_bins] + [config.conv_dim] * num_layers
-        self.layers = nn.ModuleList(nn.Conv1d(i, o, kernel_size=3, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(
+            nn.Conv1d(i, o, kernel_size=3, stride=2, padding=1) for i, o in zip(widths, widths[1:])
+        )
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, log_mel: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -127,7 +129,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention in plain matrix products: (B, N, T, D) queries, keys and values → (B, T, N, D), weights (B, N, T, T)."""
+    """Attention in plain matrix products: (B, N, T, D) each → output (B, T, N, D), weights (B, N, T, T)."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -281,7 +283,9 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             masking, with T = ceil(S / inputs_to_logits_ratio); `hidden_states` and `attentions` when asked for.
         """
         if input_values.ndim != 2 or input_values.shape[1] == 0:
-            raise ValueError(f"input_values must be (batch, samples) with samples > 0, found {tuple(input_values.shape)}")
+            raise ValueError(
+                f"input_values must be (batch, samples) with samples > 0, found {tuple(input_values.shape)}"
+            )
         frame_lengths = None
         if attention_mask is not None:
             sample_lengths = attention_mask.sum(-1)
@@ -351,7 +355,9 @@ class SpeechCLForCTC(SpeechCLPreTrainedModel):
         loss = None
         if labels is not None:
             if labels.numel() and labels.max() >= self.config.vocab_size:
-                raise ValueError(f"label {labels.max().item()} is outside the vocabulary of {self.config.vocab_size} tokens")
+                raise ValueError(
+                    f"label {labels.max().item()} is outside the vocabulary of {self.config.vocab_size} tokens"
+                )
             targets = labels.masked_select(labels >= 0)
             log_probs = nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)  # (T, B, V)
             with torch.backends.cudnn.flags(enabled=False):

@@ -95,7 +95,7 @@ class SpeechCLForPreTraining(SpeechCLPreTrainedModel):
             objective.set_progress(progress)
 
     def forward(self, input_values: torch.Tensor, **batch) -> SpeechCLForPreTrainingOutput:
-        """Run every objective on a batch of `hf_speechcl.data.collators.PretrainingCollator`, whose keys are described there."""
+        """Run every objective on a batch of a `PretrainingCollator`, which describes its keys."""
         batch["input_values"] = input_values
         encoder = EncodeOnce(self.speechcl)
         outputs = {name: objective(encoder, batch) for name, objective in self.objectives.items()}

@@ -79,7 +79,9 @@ class GumbelVectorQuantizer(nn.Module):
             choice = nn.functional.gumbel_softmax(logits, tau=temperature, hard=True)
         else:
             choice = nn.functional.one_hot(logits.argmax(-1), self.codebook_size).to(logits.dtype)
-        codevectors = torch.einsum("mgv,gvd->mgd", choice, self.codevectors.float()).flatten(1)  # (M, G, D) -> (M, G * D)
+        codevectors = torch.einsum("mgv,gvd->mgd", choice, self.codevectors.float()).flatten(
+            1
+        )  # (M, G, D) -> (M, G * D)
         return codevectors, logits.softmax(-1), choice.argmax(-1)
 
 

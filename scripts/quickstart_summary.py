@@ -46,7 +46,8 @@ def main(folder: Path, seconds: float) -> None:
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     print(f"\nCurves: {folder / 'curves.png'}\nModel with its card: {folder / 'recognizer'}\nTime: {seconds:.0f} s")
-    print(f"\nNext, your own audio:\n  {python} scripts/pretrain.py --corpus YOUR_FOLDER --output_dir runs/mine --max_steps 2000")
+    command = "scripts/pretrain.py --use_cpu --corpus YOUR_FOLDER --output_dir runs/mine --max_steps 2000"
+    print(f"\nNext, your own audio:\n  {python} {command}")
 
 
 if __name__ == "__main__":

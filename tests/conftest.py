@@ -78,7 +78,9 @@ def audio_folder(tmp_path, clips):
     return folder
 
 
-def run_script(name: str, *arguments, check: bool = True, env: dict | None = None, cwd=None) -> subprocess.CompletedProcess:
+def run_script(
+    name: str, *arguments, check: bool = True, env: dict | None = None, cwd=None
+) -> subprocess.CompletedProcess:
     """Run a script of the repository in a process of its own."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)],

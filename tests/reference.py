@@ -13,7 +13,9 @@ def best_rq_codes(frames, projection, codebook):
         for matrix, codewords in zip(projection, codebook):
             point = frame @ matrix
             point = point / point.norm()
-            distances = [(point - codewords[:, j] / codewords[:, j].norm()).norm().item() for j in range(codewords.shape[1])]
+            distances = [
+                (point - codewords[:, j] / codewords[:, j].norm()).norm().item() for j in range(codewords.shape[1])
+            ]
             row.append(distances.index(min(distances)))
         codes.append(row)
     return codes

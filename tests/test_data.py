@@ -62,7 +62,15 @@ def test_any_rate_and_channel_count_becomes_mono_at_16_khz(rate, channels):
 
 
 @pytest.mark.parametrize(
-    ("format", "subtype"), [("WAV", "PCM_U8"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
+    ("format", "subtype"),
+    [
+        ("WAV", "PCM_U8"),
+        ("WAV", "PCM_24"),
+        ("WAV", "FLOAT"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("MP3", "MPEG_LAYER_III"),
+    ],
 )
 def test_common_formats_decode(format, subtype, clips):
     encoded = wav_bytes(clips[2], 16000, subtype, format)
@@ -104,8 +112,7 @@ def test_bad_audio_is_refused_with_the_reason(kind, clips):
     make, message = BAD_BYTES[kind]
     audio = {"bytes": make(clips[4]), "path": None}
     with pytest.raises(AudioError, match=message):
-        read_duration(audio)
-        read_audio(audio, 16000)
+        (read_duration(audio), read_audio(audio, 16000))
 
 
 def test_truncated_wav_is_read_as_far_as_it_goes(clips):
@@ -315,7 +322,9 @@ durations_strategy = st.lists(st.floats(0.1, 30), min_size=1, max_size=200)
 
 
 @settings(deadline=None, max_examples=200)
-@given(durations=durations_strategy, max_seconds=st.floats(1, 100), epoch=st.integers(0, 5), world_size=st.integers(1, 4))
+@given(
+    durations=durations_strategy, max_seconds=st.floats(1, 100), epoch=st.integers(0, 5), world_size=st.integers(1, 4)
+)
 def test_batches_hold_every_clip_within_the_limit(durations, max_seconds, epoch, world_size):
     durations = np.array(durations)
     batches = []
@@ -409,7 +418,9 @@ def test_clips_that_cannot_be_decoded_are_counted_and_left_out(clips):
 
 def test_ctc_collator_masks_and_labels(clips):
     labels = [[1, 2, 3], [4], [5, 6], [7], [8]]
-    batch = CTCCollator(frames, labels, mask_time_prob=0.5, num_feature_masks=2, mask_feature_span=15)(make_items(clips))
+    batch = CTCCollator(frames, labels, mask_time_prob=0.5, num_feature_masks=2, mask_feature_span=15)(
+        make_items(clips)
+    )
     assert batch["labels"][1].tolist() == [4, -100, -100]
     assert batch["index"].tolist() == [0, 1, 2, 3, 4]
     assert batch["mask_feature_indices"].shape == (5, 80)

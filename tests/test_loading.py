@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-import textwrap
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import soundfile
@@ -178,8 +178,9 @@ def test_pipeline_reads_arrays_files_and_batches_alike(recognizer, clips, tmp_pa
     assert recognizer({"raw": clips[0], "sampling_rate": 16000})["text"] == texts[0]
 
 
-@pytest.mark.skipif(not __import__("shutil").which("ffmpeg"), reason="the pipeline opens files with ffmpeg")
-def test_pipeline_reads_files(recognizer, clips, tmp_path):
+def test_pipeline_reads_files(recognizer, clips, tmp_path, monkeypatch):
+    (tmp_path / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())  # the pipeline opens files with ffmpeg
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     soundfile.write(tmp_path / "clip.wav", clips[1], 16000, subtype="FLOAT")
     assert recognizer(str(tmp_path / "clip.wav"))["text"] == recognizer(clips[1])["text"]
 
@@ -199,7 +200,9 @@ def test_timestamps_cover_the_text_in_order_within_the_clip(recognizer, clips, k
     output = recognizer(clips[3], return_timestamps=kind)
     chunks = output["chunks"]
     seconds = len(clips[3]) / 16000
-    joined = "".join(chunk["text"] for chunk in chunks) if kind == "char" else " ".join(chunk["text"] for chunk in chunks)
+    joined = (
+        "".join(chunk["text"] for chunk in chunks) if kind == "char" else " ".join(chunk["text"] for chunk in chunks)
+    )
     assert joined.split() == output["text"].split()
     times = [time for chunk in chunks for time in chunk["timestamp"]]
     assert times == sorted(times)

@@ -133,7 +133,11 @@ def test_log_mel_peaks_at_the_bin_of_a_tone(config):
 @pytest.mark.parametrize("signal", ["silence", "constant", "full_scale"])
 @pytest.mark.parametrize("model_class", CLASSES)
 def test_loss_and_gradients_are_finite_on_odd_signals(model_class, signal, pretraining_config):
-    values = {"silence": np.zeros(16000), "constant": np.full(16000, 0.5), "full_scale": np.sign(np.sin(np.arange(16000)))}
+    values = {
+        "silence": np.zeros(16000),
+        "constant": np.full(16000, 0.5),
+        "full_scale": np.sign(np.sin(np.arange(16000))),
+    }
     clip = values[signal].astype(np.float32)
     model = model_class(pretraining_config).train()
     if model_class is SpeechCLForPreTraining:

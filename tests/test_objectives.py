@@ -88,7 +88,9 @@ def test_gumbel_quantizer_picks_the_likeliest_code_in_evaluation():
     codevectors, probabilities, codes = quantizer.eval()(frames, temperature=1.0)
     assert torch.equal(codes, probabilities.argmax(-1))
     for vector, row in zip(codevectors, codes):
-        torch.testing.assert_close(vector, torch.cat([quantizer.codevectors[group, code] for group, code in enumerate(row)]))
+        torch.testing.assert_close(
+            vector, torch.cat([quantizer.codevectors[group, code] for group, code in enumerate(row)])
+        )
 
 
 def test_gumbel_quantizer_passes_gradients_to_its_input_and_samples_in_training():
@@ -182,9 +184,10 @@ def wav2vec2_config():
         num_codevectors_per_group=10,
         num_negatives=6,
         mask_time_prob=0.05,
-        **dict.fromkeys(
-            "hidden_dropout attention_dropout activation_dropout feat_proj_dropout feat_quantizer_dropout layerdrop".split(), 0.0
-        ),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        layerdrop=0.0,
     )
 
 

@@ -42,7 +42,9 @@ def make_ctc_trainer(corpus, output_dir, **arguments):
         references=["a b"] * 12,
         train_dataset=dataset,
         eval_dataset=dataset,
-        data_collator=CTCCollator(model._get_feat_extract_output_lengths, labels, mask_time_prob=0.3, num_feature_masks=1),
+        data_collator=CTCCollator(
+            model._get_feat_extract_output_lengths, labels, mask_time_prob=0.3, num_feature_masks=1
+        ),
         max_seconds_per_batch=8,
     )
 
@@ -62,9 +64,11 @@ def test_gradient_of_one_batch_equals_gradient_of_unequal_micro_batches(kind, co
     monkeypatch.setattr(
         nn.functional,
         "gumbel_softmax",
-        lambda logits, tau, hard: nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
-        + (logits / tau).softmax(-1)
-        - (logits / tau).softmax(-1).detach(),
+        lambda logits, tau, hard: (
+            nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
+            + (logits / tau).softmax(-1)
+            - (logits / tau).softmax(-1).detach()
+        ),
     )
     if kind == "ctc":
         trainer = make_ctc_trainer(corpus, tmp_path)
@@ -98,7 +102,13 @@ def test_logged_scalars_are_those_of_all_batches_since_the_last_log(corpus, tmp_
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 2
     for entry in entries:
-        assert set(entry) >= {"grad_norm", "learning_rate", "best_rq/loss", "best_rq/accuracy", "wav2vec2/code_perplexity"}
+        assert set(entry) >= {
+            "grad_norm",
+            "learning_rate",
+            "best_rq/loss",
+            "best_rq/accuracy",
+            "wav2vec2/code_perplexity",
+        }
         assert 0 <= entry["best_rq/accuracy"] <= 1
 
 
@@ -137,7 +147,9 @@ def test_find_checkpoint(tmp_path):
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
     assert find_checkpoint(str(tmp_path), "last") == str(tmp_path / "checkpoint-8")
-    with pytest.raises(FileExistsError, match="holds checkpoint-8 of an earlier run: pass --resume_from_checkpoint last"):
+    with pytest.raises(
+        FileExistsError, match="holds checkpoint-8 of an earlier run: pass --resume_from_checkpoint last"
+    ):
         find_checkpoint(str(tmp_path), None)
     with pytest.raises(FileNotFoundError, match="not a complete checkpoint"):
         find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-9"))
@@ -146,7 +158,8 @@ def test_find_checkpoint(tmp_path):
 def pretraining_command(output_dir, max_steps, *more):
     return [
         "--output_dir", output_dir, "--max_steps", max_steps, "--objectives", "best_rq=1", "wav2vec2=0.5",
-        "--encoder_options", *TINY_OPTIONS, "hidden_dropout=0.1", "layerdrop=0.2", *FAST_RUN, "--save_strategy", "steps", *more,
+        "--encoder_options", *TINY_OPTIONS, "hidden_dropout=0.1", "layerdrop=0.2", *FAST_RUN,
+        "--save_strategy", "steps", *more,
     ]  # fmt: skip
 
 
@@ -179,7 +192,17 @@ def test_run_killed_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(tm
 
 
 def test_two_processes_equal_one_that_accumulates(tmp_path):
-    common = ["--max_steps", 4, "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--optim", "sgd", "--learning_rate", "0.1"]
+    common = [
+        "--max_steps",
+        4,
+        "--encoder_options",
+        *TINY_OPTIONS,
+        *FAST_RUN,
+        "--optim",
+        "sgd",
+        "--learning_rate",
+        "0.1",
+    ]
     common += ["--objectives", "best_rq=1"]
     run_script("pretrain.py", *common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

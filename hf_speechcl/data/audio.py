@@ -40,7 +40,9 @@ def read_duration(audio: dict[str, Any]) -> float:
         return file.frames / file.samplerate
 
 
-def read_audio(audio: dict[str, Any], sampling_rate: int, start: float = 0.0, duration: float | None = None) -> np.ndarray:
+def read_audio(
+    audio: dict[str, Any], sampling_rate: int, start: float = 0.0, duration: float | None = None
+) -> np.ndarray:
     """Decode a clip `{"bytes", "path"}`, mix it down to one channel and resample it.
 
     Args:

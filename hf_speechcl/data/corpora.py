@@ -54,10 +54,14 @@ def load_corpus(
         ValueError: a column or a split is missing; the message names those there are.
     """
     sources = [sources] if isinstance(sources, str) else list(sources)
-    parts = [_measure(_load_source(source, split, audio_column, text_column, require_text), source) for source in sources]
+    parts = [
+        _measure(_load_source(source, split, audio_column, text_column, require_text), source) for source in sources
+    ]
     corpus = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     if len(corpus) == 0:
-        raise FileNotFoundError(f"no usable audio in split {split!r} of {', '.join(sources)}: see the skipped files above")
+        raise FileNotFoundError(
+            f"no usable audio in split {split!r} of {', '.join(sources)}: see the skipped files above"
+        )
     return corpus
 
 
@@ -109,7 +113,8 @@ def _load_source(source: str, split: str, audio_column: str, text_column: str, r
         rows = _folder_rows(path, text_column, require_text)
         if require_text and not any("text" in row for row in rows):
             raise ValueError(
-                f"{source} has no texts: expected {' or '.join(METADATA_FILES)} in it, with the columns file_name and {text_column}"
+                f"{source} has no texts: expected {' or '.join(METADATA_FILES)} in it, with the columns file_name "
+                f"and {text_column}"
             )
         chosen = [row for row in rows if _split_of(row) == split]
         if not chosen:
@@ -152,7 +157,11 @@ def _standard_columns(dataset: Dataset, audio_column: str, text_column: str) -> 
     """The columns id, audio, text and, if it is there, duration; audio stays where it is and is not decoded."""
     dataset = dataset.cast_column(audio_column, Audio(decode=False))
     columns = dataset.column_names
-    names = dataset["id"] if "id" in columns else [Path(row["path"] or "").name for row in dataset.select_columns(audio_column)[audio_column]]
+    names = (
+        dataset["id"]
+        if "id" in columns
+        else [Path(row["path"] or "").name for row in dataset.select_columns(audio_column)[audio_column]]
+    )
     texts = dataset[text_column] if text_column in columns else [None] * len(dataset)
     seconds = dataset["duration"] if "duration" in columns else None
     rows = dataset.select_columns(audio_column)
@@ -231,13 +240,19 @@ def _folder_rows(folder: Path, text_column: str = "text", require_text: bool = F
     if not rows:
         suffixes = Counter(file.suffix.lower() or file.name for file in files)
         found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
-        raise FileNotFoundError(f"no audio in {folder}: found {found}; expected {' '.join(sorted(AUDIO_SUFFIXES))} or .parquet")
+        raise FileNotFoundError(
+            f"no audio in {folder}: found {found}; expected {' '.join(sorted(AUDIO_SUFFIXES))} or .parquet"
+        )
     return list(rows.values())
 
 
 def _read_metadata(file: Path, required: list[str]) -> list[dict]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        entries = list(csv.DictReader(stream)) if file.suffix == ".csv" else [json.loads(line) for line in stream if line.strip()]
+        entries = (
+            list(csv.DictReader(stream))
+            if file.suffix == ".csv"
+            else [json.loads(line) for line in stream if line.strip()]
+        )
     for column in required:
         if entries and column not in entries[0]:
             raise ValueError(f"{file} has no column {column!r}; it has {', '.join(entries[0])}")

@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
 
     corpus = load_corpus(args.corpus, args.split, args.audio_column, args.text_column, require_text=True)
     clips = []
-    for name, text, hypothesis in zip(corpus["id"], corpus["text"], transcribe(model, processor, corpus, args.max_seconds_per_batch)):
+    for name, text, hypothesis in zip(
+        corpus["id"], corpus["text"], transcribe(model, processor, corpus, args.max_seconds_per_batch)
+    ):
         reference = normalize_text(text or "", args.text_normalization)
         if reference:
             hypothesis = normalize_text(hypothesis or "", args.text_normalization)
@@ -64,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         **rates,
     }
     for name in ("wer", "cer"):
-        print(f"{name.upper()} {rates[name]:.1%}  (95% interval {rates[f'{name}_low']:.1%} to {rates[f'{name}_high']:.1%})")
-    print(f"{len(clips)} clips of {', '.join(results['corpus'])}, {args.split}; normalisation {args.text_normalization}")
+        low, high = rates[f"{name}_low"], rates[f"{name}_high"]
+        print(f"{name.upper()} {rates[name]:.1%}  (95% interval {low:.1%} to {high:.1%})")
+    sources = ", ".join(results["corpus"])
+    print(f"{len(clips)} clips of {sources}, {args.split}; normalisation {args.text_normalization}")
     if args.output_file:
         Path(args.output_file).write_text(json.dumps(results | {"transcripts": clips}, indent=1, ensure_ascii=False))

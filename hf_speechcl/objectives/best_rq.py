@@ -75,7 +75,9 @@ class BestRQ(Objective):
         sampling_rate = getattr(config, "sampling_rate", 16000)
         hop = sampling_rate // 100
         self.log_mel = SpeechCLLogMel(
-            SpeechCLConfig(sampling_rate=sampling_rate, hop_length=hop, frame_length=5 * hop // 2, num_mel_bins=num_mel_bins)
+            SpeechCLConfig(
+                sampling_rate=sampling_rate, hop_length=hop, frame_length=5 * hop // 2, num_mel_bins=num_mel_bins
+            )
         )
         self.mel_per_frame = round(config.inputs_to_logits_ratio / hop)
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size

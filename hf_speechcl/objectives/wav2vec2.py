@@ -20,7 +20,9 @@ def contrastive_logits(
     Returns:
         (M, 1 + K). A distractor with the codes of the true target is left out (-inf): it would punish the right answer.
     """
-    similarity = nn.functional.normalize(predictions.float(), dim=-1) @ nn.functional.normalize(targets.float(), dim=-1).T
+    similarity = (
+        nn.functional.normalize(predictions.float(), dim=-1) @ nn.functional.normalize(targets.float(), dim=-1).T
+    )
     # (M, M) -> (M, K)
     distractors = similarity.gather(1, negatives) / temperature
     distractors = distractors.masked_fill((codes[negatives] == codes[:, None]).all(-1), float("-inf"))

@@ -10,6 +10,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from ..configuration_speechcl import SpeechCLConfig
+
 
 def option(default, help: str):
     """A dataclass field with a help text."""
@@ -24,8 +26,8 @@ class CorpusArguments:
 
     corpus: list[str] = option(
         ["demo"],
-        "One or more sources: demo (embedded, English), a folder of audio files (with metadata.csv for texts), a folder "
-        "of parquet files or one such file, a Hub data set as user/name or user/name:config.",
+        "One or more sources: demo (embedded, English), a folder of audio files (with metadata.csv for texts), a "
+        "folder of parquet files or one such file, a Hub data set as user/name or user/name:config.",
     )
     audio_column: str = option("audio", "Column with the audio in parquet files and Hub data sets.")
     validation_fraction: float = option(0.05, "Share of clips held out where a source has no validation split.")
@@ -98,7 +100,9 @@ def parse_arguments(types: list[type], description: str, argv: list[str] | None 
     config, _ = _config_parser().parse_known_args(argv)
     if config.config:
         _read_config(parser, Path(config.config))
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)} (see --help)")
     return tuple(parsed)
@@ -140,6 +144,14 @@ def parse_assignments(assignments: list[str], field: str) -> dict:
     return values
 
 
+def parse_config_options(assignments: list[str], field: str) -> dict:
+    """As `parse_assignments`, for fields of `SpeechCLConfig`; an unknown field is refused."""
+    options = parse_assignments(assignments, field)
+    if unknown := sorted(set(options) - set(SpeechCLConfig.__dataclass_fields__)):
+        raise ValueError(f"{field}: SpeechCLConfig has no field {', '.join(unknown)}")
+    return options
+
+
 def parse_objectives(objectives: list[str], options: list[str]) -> dict[str, dict]:
     """The command line's objectives and their options → `SpeechCLConfig.objectives`.
 
@@ -156,7 +168,8 @@ def parse_objectives(objectives: list[str], options: list[str]) -> dict[str, dic
         name, _, option_name = key.partition(".")
         if name not in parsed or not option_name:
             raise ValueError(
-                f"objective_options: expected OBJECTIVE.OPTION=VALUE with one of {', '.join(parsed)}, found {key}={value}"
+                f"objective_options: expected OBJECTIVE.OPTION=VALUE with one of {', '.join(parsed)}, "
+                f"found {key}={value}"
             )
         parsed[name][option_name] = value
     return parsed

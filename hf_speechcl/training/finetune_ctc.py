@@ -5,7 +5,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate.utils import gather_object
 from huggingface_hub import EvalResult
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,10 +15,27 @@ from ..ctc import build_processor, normalize_text, preflight
 from ..data import CTCCollator, SpeechDataset
 from ..data.corpora import load_train_and_validation
 from ..evaluation.asr import SpeechErrorRates
-from ..hub import CURVES, USE_CTC, data_row, describe_model, describe_run, metrics_table, plot_curves, source_name, write_card
+from ..hub import (
+    CURVES,
+    USE_CTC,
+    data_row,
+    describe_model,
+    describe_run,
+    metrics_table,
+    plot_curves,
+    source_name,
+    write_card,
+)
 from ..modeling_speechcl import SpeechCLForCTC
 from ..objectives import ObjectiveOutput
-from .arguments import CorpusArguments, SpeechTrainingArguments, option, parse_arguments, parse_assignments, set_up_logging
+from .arguments import (
+    CorpusArguments,
+    SpeechTrainingArguments,
+    option,
+    parse_arguments,
+    parse_config_options,
+    set_up_logging,
+)
 from .trainer import SpeechTrainer, find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -61,7 +77,9 @@ class CTCTrainingArguments(SpeechTrainingArguments):
     output_dir: str = option("runs/ctc", "Folder for checkpoints, the model and its card.")
     learning_rate: float = option(5e-4, "Highest learning rate of the encoder.")
     head_learning_rate: float = option(2e-3, "Highest learning rate of the CTC head.")
-    freeze_encoder_steps: float = option(0, "Updates in which only the head is trained, or their share of the run if below 1.")
+    freeze_encoder_steps: float = option(
+        0, "Updates in which only the head is trained, or their share of the run if below 1."
+    )
 
 
 class CTCTrainer(SpeechTrainer):
@@ -150,7 +168,7 @@ class CTCTrainer(SpeechTrainer):
 
 def build_model(model_args: CTCModelArguments, processor) -> SpeechCLForCTC:
     """A CTC model of a size with new weights, or with a pre-trained encoder, for the vocabulary of a processor."""
-    options = parse_assignments(model_args.model_options, "model_options")
+    options = parse_config_options(model_args.model_options, "model_options")
     options |= {
         "vocab_size": len(processor.tokenizer),
         "pad_token_id": processor.tokenizer.pad_token_id,
@@ -276,9 +294,11 @@ def main(argv: list[str] | None = None) -> None:
         training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for "
         f"{args.freeze_encoder_steps:g} updates; time masks {data_args.mask_time_prob:g}, mel masks "
         f"{data_args.num_feature_masks}. Text normalisation: {data_args.text_normalization}. "
-        + describe_run(args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step),
+        + describe_run(
+            args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step
+        ),
         results="On the validation clips, greedy decoding, shares with bootstrap 95% intervals (`_low`, `_high`):\n\n"
         + metrics_table(metrics),
-        limits="It knows the language, voices and recording conditions of its data. Greedy decoding, no language model.",
+        limits="It knows the language, voices and recording conditions of its data. No language model is used.",
     )
     logger.info("model, processor, card and curves are in %s", output_dir)

@@ -16,7 +16,7 @@ from .arguments import (
     PretrainingModelArguments,
     SpeechTrainingArguments,
     parse_arguments,
-    parse_assignments,
+    parse_config_options,
     parse_objectives,
     set_up_logging,
 )
@@ -44,7 +44,7 @@ def build_model(model_args: PretrainingModelArguments) -> SpeechCLForPreTraining
     objectives = parse_objectives(model_args.objectives, model_args.objective_options)
     for name in objectives:
         objective_options(name)
-    overrides = parse_assignments(model_args.encoder_options, "encoder_options")
+    overrides = parse_config_options(model_args.encoder_options, "encoder_options")
     if model_args.encoder in SIZES:
         return SpeechCLForPreTraining(SpeechCLConfig.from_size(model_args.encoder, objectives=objectives, **overrides))
     if overrides:
@@ -111,12 +111,17 @@ def main(argv: list[str] | None = None) -> None:
         usage=USE_ENCODER,
         tags=["self-supervised", "pre-training", *config.objectives],
         pipeline_tag="feature-extraction",
-        data=[data_row(data_args.corpus, split, corpus) for split, corpus in [("train", train), ("validation", validation)]],
+        data=[
+            data_row(data_args.corpus, split, corpus)
+            for split, corpus in [("train", train), ("validation", validation)]
+        ],
         sampling_rate=config.sampling_rate,
         model=describe_model(config, model.speechcl.num_parameters()),
         training=f"Objectives: {names}. Masked spans of {data_args.mask_span:g} s, {data_args.mask_prob:g} of a clip. "
-        + describe_run(args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step),
+        + describe_run(
+            args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step
+        ),
         results="On the validation clips, with fixed masks:\n\n" + metrics_table(metrics),
-        limits="The encoder knows the languages, voices and recording conditions of its data. It gives features, not text.",
+        limits="It knows the languages, voices and recording conditions of its data. It gives features, not text.",
     )
     logger.info("model, card and curves are in %s", folder)

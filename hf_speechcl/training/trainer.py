@@ -153,7 +153,9 @@ class SpeechTrainer(Trainer):
         for name, output in sums.outputs.items():
             num_items = output.num_items.item()
             scalars[f"{name}/loss"] = output.loss.item() / max(num_items, 1)
-            scalars |= {f"{name}/{key}": value for key, value in self.summarize_metrics(name, output, num_items).items()}
+            scalars |= {
+                f"{name}/{key}": value for key, value in self.summarize_metrics(name, output, num_items).items()
+            }
         return scalars
 
     def summarize_metrics(self, name: str, output: ObjectiveOutput, num_items: int) -> dict[str, float]:
@@ -219,11 +221,15 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
     checkpoints = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
     newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
     if resume_from_checkpoint == "last":
-        logger.info("no complete checkpoint in %s: a new run" if newest is None else "resuming from %s", newest or output_dir)
+        logger.info(
+            "no complete checkpoint in %s: a new run" if newest is None else "resuming from %s", newest or output_dir
+        )
         return None if newest is None else str(newest)
     if resume_from_checkpoint:
         if not _is_complete(Path(resume_from_checkpoint)):
-            raise FileNotFoundError(f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE_NAME}")
+            raise FileNotFoundError(
+                f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE_NAME}"
+            )
         return resume_from_checkpoint
     if newest is not None:
         raise FileExistsError(
