@@ -116,7 +116,6 @@ def write_card(
     usage: str,
     tags: list[str],
     pipeline_tag: str | None = None,
-    language: str | None = None,
     eval_results: list[EvalResult] | None = None,
     **sections,
 ) -> None:
@@ -125,7 +124,6 @@ def write_card(
         library_name="transformers",
         tags=["speech", "hf_speechcl", *tags],
         pipeline_tag=pipeline_tag,
-        language=language,
         model_name=folder.name,
         eval_results=eval_results,
     )

@@ -165,6 +165,18 @@ def test_parquet_folder_with_splits_and_other_column_names(tmp_path, clips):
     assert single["id"] == ["test0.wav"]
 
 
+def test_durations_in_another_unit_are_measured_instead(tmp_path, clips, caplog):
+    table = {
+        "audio": [{"bytes": wav_bytes(clip), "path": None} for clip in clips],
+        "duration": [len(clip) / 16.0 for clip in clips],  # milliseconds
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "train.parquet")
+    corpus = load_corpus(str(tmp_path))
+    assert corpus["duration"] == pytest.approx([len(clip) / 16000 for clip in clips])
+    assert corpus["id"] == ["0", "1", "2", "3", "4"]
+    assert "durations are read from the audio instead" in caplog.text
+
+
 def test_several_sources_are_joined(audio_folder):
     corpus = load_corpus([str(audio_folder), "demo"])
     assert len(corpus) == 4 + 406

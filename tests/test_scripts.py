@@ -110,10 +110,14 @@ def test_recognizer_of_the_road_runs_in_the_pipeline(road, clips):
 
 def test_pretraining_goes_on_from_a_folder_with_other_objectives(road, tmp_path):
     run_script(
-        "pretrain.py", "--encoder", road["folder"] / "encoder", "--objectives", "wav2vec2",
+        "pretrain.py", "--encoder", road["folder"] / "encoder", "--objectives", "wav2vec2", "best_rq",
+        "--objective_options", "wav2vec2.codebook_size=8", "best_rq.codebook_size=32",
         "--output_dir", tmp_path / "more", "--max_steps", 1, *FAST_RUN,
     )  # fmt: skip
-    assert json.loads((tmp_path / "more" / "config.json").read_text())["objectives"] == {"wav2vec2": {"weight": 1.0}}
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["objectives"] == {
+        "wav2vec2": {"weight": 1.0, "codebook_size": 8},
+        "best_rq": {"weight": 1.0, "codebook_size": 32},
+    }
 
 
 def test_fine_tuning_goes_on_from_a_recognizer_with_its_vocabulary(road, tmp_path, audio_folder):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute
 from datasets import Audio, Dataset, Features, Value, concatenate_datasets, load_dataset
 from tqdm.auto import tqdm
 
@@ -157,21 +158,38 @@ def _standard_columns(dataset: Dataset, audio_column: str, text_column: str) -> 
     """The columns id, audio, text and, if it is there, duration; audio stays where it is and is not decoded."""
     dataset = dataset.cast_column(audio_column, Audio(decode=False))
     columns = dataset.column_names
-    names = (
-        dataset["id"]
-        if "id" in columns
-        else [Path(row["path"] or "").name for row in dataset.select_columns(audio_column)[audio_column]]
-    )
+    paths = pyarrow.compute.struct_field(dataset.data.column(audio_column), "path").to_pylist()
+    names = dataset["id"] if "id" in columns else [Path(path or "").name for path in paths]
     texts = dataset[text_column] if text_column in columns else [None] * len(dataset)
-    seconds = dataset["duration"] if "duration" in columns else None
+    seconds = _trusted_durations(dataset, audio_column)
     rows = dataset.select_columns(audio_column)
     if audio_column != "audio":
         rows = rows.rename_column(audio_column, "audio")
     rows = rows.add_column("id", [str(name or number) for number, name in enumerate(names)], feature=Value("string"))
     rows = rows.add_column("text", list(texts), feature=Value("string"))
     if seconds is not None:
-        rows = rows.add_column("duration", [float(value or 0) for value in seconds], feature=Value("float64"))
+        rows = rows.add_column("duration", seconds, feature=Value("float64"))
     return rows
+
+
+def _trusted_durations(dataset: Dataset, audio_column: str) -> list[float] | None:
+    """The column duration, if there is one and the headers of a few clips agree that it is in seconds."""
+    if "duration" not in dataset.column_names:
+        return None
+    seconds = [float(value or 0) for value in dataset["duration"]]
+    for row in np.linspace(0, len(seconds) - 1, num=min(3, len(seconds)), dtype=int):
+        try:
+            measured = read_duration(dataset[int(row)][audio_column])
+        except AudioError:
+            continue
+        if abs(measured - seconds[row]) > 0.1 + 0.05 * measured:
+            logger.warning(
+                "the column duration says %g where a clip is %g s long: durations are read from the audio instead",
+                seconds[row],
+                measured,
+            )
+            return None
+    return seconds
 
 
 def _measure(rows: Dataset, source: str) -> Dataset:

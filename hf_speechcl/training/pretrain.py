@@ -52,7 +52,8 @@ def build_model(model_args: PretrainingModelArguments) -> SpeechCLForPreTraining
     if not Path(model_args.encoder).is_dir() and "/" not in model_args.encoder:
         raise ValueError(f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
     config = SpeechCLConfig.from_pretrained(model_args.encoder, objectives=objectives)
-    return SpeechCLForPreTraining.from_pretrained(model_args.encoder, config=config)
+    # Objectives may have other options than those the folder was trained with: what no longer fits is drawn anew.
+    return SpeechCLForPreTraining.from_pretrained(model_args.encoder, config=config, ignore_mismatched_sizes=True)
 
 
 def main(argv: list[str] | None = None) -> None:
