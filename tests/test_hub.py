@@ -14,7 +14,8 @@ from hf_speechcl.data.corpora import corpus_splits, load_corpus, load_train_and_
 from hf_speechcl.data.demo import load_demo
 
 load_demo().push_to_hub("user/prompts")
-load_demo()["test"].rename_columns({"audio": "speech", "text": "sentence"}).push_to_hub("user/other", "clean", split="train")
+other = load_demo()["test"].rename_columns({"audio": "speech", "text": "sentence"})
+other.push_to_hub("user/other", "clean", split="train")
 
 assert corpus_splits("user/prompts") == ["train", "validation", "test"]
 train, validation = load_train_and_validation("user/prompts", require_text=True)
