@@ -158,6 +158,15 @@ def test_loss_and_gradients_are_finite_on_odd_signals(model_class, signal, pretr
     assert norm < 1e4
 
 
+def test_bfloat16_weights_give_nearly_the_same_output(config, clips):
+    model = SpeechCLForCTC(config).eval()
+    batch = pad_waveforms(clips[:3])
+    expected = model(**batch).logits
+    logits = model.to(torch.bfloat16)(**batch).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
 def test_ctc_output_is_blank_on_padding(config, clips):
     model = SpeechCLForCTC(config).eval()
     logits = model(**pad_waveforms(clips[:3])).logits

@@ -162,6 +162,7 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
         ("pretrain.py", ["--objective_options", "wav2vec2.temperature=2"], "with one of best_rq, found wav2vec2"),
         ("pretrain.py", ["--encoder", "huge"], "encoder 'huge': expected tiny, small, base, large, a folder"),
         ("pretrain.py", ["--encoder_options", "width=3"], "SpeechCLConfig has no field width"),
+        ("pretrain.py", ["--per_device_train_batch_size", "4"], "batches are measured in seconds, set max_seconds"),
         ("pretrain.py", ["--corpus", "/no/such"], "no folder or file /no/such"),
         ("pretrain.py", ["--maxsteps", "3"], "unknown options: --maxsteps 3"),
         ("pretrain.py", ["--max_steps", "many"], "invalid int value: 'many'"),

@@ -81,6 +81,12 @@ class SpeechTrainingArguments(TrainingArguments):
         None, "A checkpoint folder to go on from, or 'last' for the newest in output_dir (a new run if there is none)."
     )
 
+    def __post_init__(self):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} is not used: batches are measured in seconds, set max_seconds_per_batch")
+        super().__post_init__()
+
 
 def parse_arguments(types: list[type], description: str, argv: list[str] | None = None) -> tuple:
     """Read options from the command line, over those of `--config file.yaml`, over the defaults.

@@ -82,6 +82,12 @@ class CTCTrainingArguments(SpeechTrainingArguments):
     )
 
 
+def frozen_steps(freeze_encoder_steps: float, num_training_steps: int) -> int:
+    """Updates in which only the head is trained; below 1 the option is a share of the run."""
+    share = freeze_encoder_steps < 1
+    return round(freeze_encoder_steps * num_training_steps) if share else int(freeze_encoder_steps)
+
+
 class CTCTrainer(SpeechTrainer):
     """Trains a `SpeechCLForCTC`; its one objective, "ctc", counts labels.
 
@@ -149,12 +155,13 @@ class CTCTrainer(SpeechTrainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        freeze = self.args.freeze_encoder_steps
-        frozen_steps = round(freeze * num_training_steps) if freeze < 1 else int(freeze)
-        if frozen_steps and isinstance(scheduler, LambdaLR):
+        frozen = frozen_steps(self.args.freeze_encoder_steps, num_training_steps)
+        if frozen and not isinstance(scheduler, LambdaLR):
+            raise ValueError(f"freeze_encoder_steps does not work with lr_scheduler_type={self.args.lr_scheduler_type}")
+        if frozen:
 
             def thaw(shape):
-                return lambda step: shape(step) if step >= frozen_steps else 0.0
+                return lambda step: shape(step) if step >= frozen else 0.0
 
             self.lr_scheduler = LambdaLR(
                 scheduler.optimizer,
@@ -291,9 +298,10 @@ def main(argv: list[str] | None = None) -> None:
         data=[data_row(data_args.corpus, split, data.corpus) for split, data in zip(("train", "validation"), datasets)],
         sampling_rate=config.sampling_rate,
         model=describe_model(config, model.num_parameters()),
-        training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for "
-        f"{args.freeze_encoder_steps:g} updates; time masks {data_args.mask_time_prob:g}, mel masks "
-        f"{data_args.num_feature_masks}. Text normalisation: {data_args.text_normalization}. "
+        training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for the "
+        f"first {frozen_steps(args.freeze_encoder_steps, trainer.state.max_steps)} updates; time masks "
+        f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. Text normalisation: "
+        f"{data_args.text_normalization}. "
         + describe_run(
             args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step
         ),
