@@ -1,7 +1,8 @@
 """Configuration of the SpeechCL encoder. A Hub repository carries this file; it imports only transformers."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import strict
 
 SIZES = {
     "tiny": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -29,6 +30,9 @@ class SpeechCLConfig(PreTrainedConfig):
             probabilities after each sub-layer, inside the feed-forward, on attention weights, after the feature
             projection and before the CTC or classification head.
         layerdrop: probability that a layer is bypassed in training (Fan et al. 2019, arXiv 1909.11556).
+        sliding_window: encoder frames that attention reaches to either side; `None` for all. With a window, what a
+            frame sees is bounded by num_hidden_layers * sliding_window frames on either side: a recording transcribed
+            in chunks whose strides are longer gives exactly the text of the whole, and its length does not matter.
         rope_theta: base of the rotary position frequencies (Su et al. 2021, arXiv 2104.09864).
         objectives: `{name: {"weight": float, option: value, …}}`, what `SpeechCLForPreTraining` trains with. The
             other classes keep it as a record of where the weights come from.
@@ -63,6 +67,7 @@ class SpeechCLConfig(PreTrainedConfig):
     feat_proj_dropout: float | int = 0.0
     final_dropout: float | int = 0.1
     layerdrop: float | int = 0.0
+    sliding_window: int | None = None
     rope_theta: float | int = 10000.0
     layer_norm_eps: float | int = 1e-5
     initializer_range: float | int = 0.02
@@ -85,6 +90,14 @@ class SpeechCLConfig(PreTrainedConfig):
     def validate_architecture(self):
         if self.subsampling_factor not in (2, 4, 8):
             raise ValueError(f"subsampling_factor must be 2, 4 or 8, found {self.subsampling_factor}")
+        positive = "sampling_rate num_mel_bins hop_length conv_dim num_attention_heads intermediate_size"
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be positive or None, found {self.sliding_window}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: expected one of {', '.join(ACT2FN)}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.audio_utils import mel_filter_bank
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput, Wav2Vec2BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -37,7 +37,7 @@ def length_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
 
 
 class SpeechCLLogMel(nn.Module):
-    """Normalised log-mel energies of a waveform, always in float32.
+    """Normalised log-mel energies of a waveform, in float32 whatever the weights are in.
 
     Frame t is centred on the t-th hop and is taken with zeros beyond both ends, so S samples give ceil(S / hop_length)
     frames, and a recording cut at a multiple of the hop gives the frames of the whole but for those at the cut.
@@ -47,35 +47,36 @@ class SpeechCLLogMel(nn.Module):
         super().__init__()
         self.config = config
         self.n_fft = 2 ** math.ceil(math.log2(config.frame_length))
-        window, filters = self.constants()
-        self.register_buffer("window", window, persistent=False)
-        self.register_buffer("filters", filters, persistent=False)
+        self._constants = None  # no buffers: these would be cast with the weights, and are not saved
 
-    def constants(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Hann window (frame_length,) and mel filters (n_fft / 2 + 1, num_mel_bins)."""
-        filters = mel_filter_bank(
-            num_frequency_bins=self.n_fft // 2 + 1,
-            num_mel_filters=self.config.num_mel_bins,
-            min_frequency=20.0,
-            max_frequency=self.config.sampling_rate / 2,
-            sampling_rate=self.config.sampling_rate,
-            mel_scale="kaldi",
-            triangularize_in_mel_space=True,
-        )
-        window = torch.hann_window(self.config.frame_length, periodic=False)
-        return window, torch.from_numpy(filters).to(torch.float32)
+        if self._constants is None or self._constants[0].device != device:
+            filters = mel_filter_bank(
+                num_frequency_bins=self.n_fft // 2 + 1,
+                num_mel_filters=self.config.num_mel_bins,
+                min_frequency=20.0,
+                max_frequency=self.config.sampling_rate / 2,
+                sampling_rate=self.config.sampling_rate,
+                mel_scale="kaldi",
+                triangularize_in_mel_space=True,
+            )
+            window = torch.hann_window(self.config.frame_length, periodic=False, dtype=torch.float32, device=device)
+            self._constants = window, torch.from_numpy(filters).to(device, torch.float32)
+        return self._constants
 
     @torch.no_grad()
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         """(B, S) waveform in [-1, 1] → (B, ceil(S / hop_length), num_mel_bins)."""
         hop, length = self.config.hop_length, self.config.frame_length
+        window, filters = self.constants(input_values.device)
         with torch.autocast(input_values.device.type, enabled=False):
             left = (length - hop) // 2
             right = length - hop - left + -input_values.shape[-1] % hop
             frames = nn.functional.pad(input_values.float(), (left, right)).unfold(-1, length, hop)
-            frames = (frames - frames.mean(-1, keepdim=True)) * self.window.float()
+            frames = (frames - frames.mean(-1, keepdim=True)) * window
             power = torch.fft.rfft(frames, n=self.n_fft).abs().square()
-            energies = (power @ self.filters.float()).clamp_min(self.config.log_mel_floor)
+            energies = (power @ filters).clamp_min(self.config.log_mel_floor)
             return (energies.log() - self.config.log_mel_mean) / self.config.log_mel_std
 
 
@@ -102,24 +103,16 @@ class SpeechCLSubsampling(nn.Module):
         return hidden_states.transpose(1, 2)
 
 
-class SpeechCLRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), computed in float32."""
+def rotary_embeddings(config: SpeechCLConfig, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of rotary positions for (B, T, H) states, each (T, head_dim), computed in float32.
 
-    def __init__(self, config: SpeechCLConfig):
-        super().__init__()
-        self.config = config
-        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
-
-    def frequencies(self) -> torch.Tensor:
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        return self.config.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-
-    @torch.no_grad()
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, H) → cosines and sines, each (T, head_dim)."""
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inv_freq.float()).repeat(1, 2)
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+    Source: Su et al. 2021, arXiv 2104.09864, eq. 34.
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    channels = torch.arange(0, head_dim, 2, device=hidden_states.device, dtype=torch.float32)
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device, dtype=torch.float32)
+    angles = torch.outer(positions, config.rope_theta ** (-channels / head_dim)).repeat(1, 2)
+    return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -139,7 +132,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class SpeechCLAttention(nn.Module):
-    """Multi-head self-attention over all frames, with rotary positions."""
+    """Multi-head self-attention over all frames or those in a window, with rotary positions."""
 
     def __init__(self, config: SpeechCLConfig):
         super().__init__()
@@ -166,6 +159,7 @@ class SpeechCLAttention(nn.Module):
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.config.sliding_window and self.config.sliding_window + 1,
             **kwargs,
         )
         return self.o_proj(output.reshape(hidden_states.shape)), weights
@@ -222,12 +216,6 @@ class SpeechCLPreTrainedModel(PreTrainedModel):
             init.kaiming_normal_(module.weight)
         elif isinstance(module, SpeechCLModel):
             init.uniform_(module.masked_spec_embed)
-        elif isinstance(module, SpeechCLLogMel):
-            window, filters = module.constants()
-            init.copy_(module.window, window)
-            init.copy_(module.filters, filters)
-        elif isinstance(module, SpeechCLRotaryEmbedding):
-            init.copy_(module.inv_freq, module.frequencies())
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
         """Encoder frames of a waveform of `input_lengths` samples (tensor or number)."""
@@ -237,11 +225,12 @@ class SpeechCLPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.save_pretrained`; adds the two modelling files, so that the folder loads by
         `trust_remote_code=True` where hf_speechcl is not installed."""
         self.config.auto_map = dict(REMOTE_CODE)
-        super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name in ("configuration_speechcl.py", "modeling_speechcl.py"):
             source, target = Path(__file__).with_name(name), Path(save_directory, name)
             if source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class SpeechCLModel(SpeechCLPreTrainedModel):
@@ -255,7 +244,6 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         self.feature_projection = nn.Linear(config.conv_dim, config.hidden_size)
         self.feature_dropout = nn.Dropout(config.feat_proj_dropout)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
-        self.rotary_embedding = SpeechCLRotaryEmbedding(config)
         self.layers = nn.ModuleList(SpeechCLEncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -303,10 +291,11 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             mask = mask_time_indices.to(torch.bool)[..., None]
             hidden_states = torch.where(mask, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
 
-        position_embeddings = self.rotary_embedding(hidden_states)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        position_embeddings = rotary_embeddings(self.config, hidden_states)
+        create_mask = (
+            create_bidirectional_sliding_window_mask if self.config.sliding_window else create_bidirectional_mask
         )
+        attention_mask = create_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         for layer in self.layers:
             output = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
             if self.training and self.config.layerdrop > 0:
@@ -414,7 +403,7 @@ class SpeechCLForSequenceClassification(SpeechCLPreTrainedModel):
         else:
             frame_lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
             mask = length_mask(frame_lengths, hidden_states.shape[1])[..., None]
-            pooled = (hidden_states * mask).sum(1) / frame_lengths[:, None]
+            pooled = (hidden_states * mask).sum(1) / frame_lengths[:, None].clamp_min(1)
         logits = self.classifier(self.dropout(pooled))
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(

@@ -37,8 +37,11 @@ def frame_outputs(model, clips, seeds):
 
 @pytest.mark.parametrize("model_class", CLASSES)
 @pytest.mark.parametrize("subsampling_factor", [2, 4, 8])
-def test_clip_alone_equals_clip_in_padded_batch(model_class, subsampling_factor, clips):
-    config = SpeechCLConfig(**TINY, objectives=SMALL_OBJECTIVES, subsampling_factor=subsampling_factor)
+@pytest.mark.parametrize("sliding_window", [None, 6])
+def test_clip_alone_equals_clip_in_padded_batch(model_class, subsampling_factor, sliding_window, clips):
+    config = SpeechCLConfig(
+        **TINY, objectives=SMALL_OBJECTIVES, subsampling_factor=subsampling_factor, sliding_window=sliding_window
+    )
     model = model_class(config).eval()
     seeds = [(0, 0, number) for number in range(len(clips))]
     together = frame_outputs(model, clips, seeds)
@@ -51,7 +54,9 @@ def test_clip_alone_equals_clip_in_padded_batch(model_class, subsampling_factor,
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_eager_attention_equals_sdpa(model_class, pretraining_config, clips):
+@pytest.mark.parametrize("sliding_window", [None, 6])
+def test_eager_attention_equals_sdpa(model_class, sliding_window, pretraining_config, clips):
+    pretraining_config.sliding_window = sliding_window
     model = model_class(pretraining_config).eval()
     seeds = [(0, 0, number) for number in range(len(clips))]
     outputs = {}
@@ -121,12 +126,30 @@ def test_log_mel_of_a_cut_recording_equals_that_of_the_whole(config, clips):
     torch.testing.assert_close(frames[:, inner], log_mel(whole)[:, inner])
 
 
+def test_window_bounds_what_a_frame_sees(clips):
+    config = SpeechCLConfig(**TINY, sliding_window=3)
+    model = SpeechCLModel(config).eval()
+    values = torch.from_numpy(clips[4])[None, : 640 * 40]
+    changed = values.clone()
+    changed[:, : 640 * 10] = torch.randn(640 * 10) * 0.1
+    before, after = model(values).last_hidden_state[0], model(changed).last_hidden_state[0]
+    reach = config.num_hidden_layers * config.sliding_window + 1  # and a frame of the convolutions
+    torch.testing.assert_close(after[10 + reach :], before[10 + reach :])
+    assert not torch.allclose(after[10 + reach - 3], before[10 + reach - 3])
+
+
+def test_constants_stay_float32_when_the_weights_do_not(config, clips):
+    model, values = SpeechCLModel(config), torch.from_numpy(clips[0])[None]
+    expected = model.log_mel(values)
+    torch.testing.assert_close(model.to(torch.bfloat16).log_mel(values), expected, rtol=0, atol=0)
+
+
 def test_log_mel_peaks_at_the_bin_of_a_tone(config):
     log_mel = SpeechCLModel(config).log_mel
     tone = torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000)[None]
     peak = log_mel(tone)[0, 50].argmax().item()
-    frequencies = torch.arange(log_mel.filters.shape[0]) * 16000 / log_mel.n_fft
-    centre = (log_mel.filters[:, peak] * frequencies).sum() / log_mel.filters[:, peak].sum()
+    weights = log_mel.constants(tone.device)[1][:, peak]
+    centre = (weights * torch.arange(len(weights)) * 16000 / log_mel.n_fft).sum() / weights.sum()
     assert abs(centre - 1000) < 60
 
 
