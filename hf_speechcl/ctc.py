@@ -67,13 +67,16 @@ class PreflightReport:
     hours: float
     problems: list[dict] = field(default_factory=list)
 
+    @property
+    def hours_left_out(self) -> float:
+        return sum(problem["duration"] for problem in self.problems) / 3600
+
     def __str__(self) -> str:
         if not self.problems:
             return f"pre-flight check: all {self.num_clips} clips ({self.hours:.2f} h) can be trained on"
-        dropped = sum(problem["duration"] for problem in self.problems) / 3600
         lines = [
             f"pre-flight check: {len(self.problems)} of {self.num_clips} clips "
-            f"({dropped:.3f} of {self.hours:.2f} h) are left out"
+            f"({self.hours_left_out:.3f} of {self.hours:.2f} h) are left out"
         ]
         for reason, count in Counter(problem["reason"] for problem in self.problems).most_common():
             chosen = [problem for problem in self.problems if problem["reason"] == reason]
@@ -84,7 +87,8 @@ class PreflightReport:
 
     def save(self, file: Path) -> None:
         """Write every clip left out, with its reason, as JSON."""
-        file.write_text(json.dumps(vars(self), indent=1, ensure_ascii=False), encoding="utf-8")
+        report = {**vars(self), "hours_left_out": self.hours_left_out}
+        file.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def preflight(
@@ -117,6 +121,8 @@ def preflight(
             reason, detail = "no text", "None"
         elif not text:
             reason, detail = "empty text", "nothing is left after normalisation"
+        elif special := [token for token in (BLANK, UNKNOWN) if token in text]:
+            reason, detail = "characters outside the vocabulary", " ".join(special)
         elif unknown := sorted(set(text) - vocabulary - {" "} | ({WORD_DELIMITER} & set(text))):
             reason, detail = "characters outside the vocabulary", " ".join(unknown)
         elif max_seconds is not None and duration > max_seconds:

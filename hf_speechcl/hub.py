@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from . import __version__
 from .configuration_speechcl import SpeechCLConfig
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -65,7 +66,7 @@ def describe_run(args, max_seconds_per_batch: float, runtime_seconds: float, num
     return (
         f"{num_updates} updates of up to {batch:g} s of audio, AdamW, highest learning rate {args.learning_rate:g}, "
         f"{precision}, seed {args.seed}; {runtime_seconds / 60:.1f} minutes on {args.world_size} process(es), "
-        f"device {args.device.type} ({platform.machine()}). hf_speechcl {version('hf_speechcl')}, {packages}."
+        f"device {args.device.type} ({platform.machine()}). hf_speechcl {__version__}, {packages}."
     )
 
 

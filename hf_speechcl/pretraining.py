@@ -42,7 +42,19 @@ def build_objective(name: str, config, options: dict) -> Objective:
     unknown = set(options) - set(known) - {"weight"}
     if unknown:
         raise ValueError(f"objective {name!r} has no option {', '.join(sorted(unknown))}: it takes {', '.join(known)}")
+    for key in set(options) & set(known):
+        _check_option(f"{name}.{key}", options[key], known[key].default)
     return OBJECTIVES[name](config, **{key: value for key, value in options.items() if key != "weight"})
+
+
+def _check_option(name: str, value, default) -> None:
+    """Options are of the type of their defaults; numbers are positive, but for seeds and weights of loss terms."""
+    is_number = isinstance(default, int | float) and not isinstance(default, bool)
+    kind = (int | float) if isinstance(default, float) else type(default)
+    if not isinstance(value, kind) or (is_number and isinstance(value, bool)):
+        raise ValueError(f"{name} must be like its default {default!r}, found {value!r}")
+    if is_number and (value < 0 or (value == 0 and not name.endswith(("seed", "_weight")))):
+        raise ValueError(f"{name} must be positive, found {value!r}")
 
 
 class EncodeOnce:
@@ -50,6 +62,9 @@ class EncodeOnce:
 
     def __init__(self, encoder: nn.Module):
         self.encoder, self.config, self.calls = encoder, encoder.config, []
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
 
     def __call__(self, input_values, **inputs):
         for seen_values, seen_inputs, output in self.calls:

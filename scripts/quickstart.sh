@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From unlabelled audio to a transcript, on the embedded corpus:  bash scripts/quickstart.sh [SEED]
+# From unlabelled audio to a transcript, on the embedded corpus:  bash scripts/quickstart.sh [SEED [FOLDER]]
 #
 # Pre-trains on the training audio without its text, fine-tunes on its transcripts, trains the same model from scratch
 # with the same fine-tuning, and scores both on the test split, whose texts neither has seen.
@@ -8,10 +8,10 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh" pinned
 cd "$root"
 seed="${1:-0}"
-out="${OUT:-runs/quickstart}"
+out="${2:-runs/quickstart}"
 python="$venv/bin/python"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
-rm -rf "$out"
+rm -rf "$out/encoder" "$out/recognizer" "$out/scratch"
 mkdir -p "$out"
 started=$SECONDS
 
@@ -26,19 +26,21 @@ echo "1/4  Pre-training on 19 minutes of audio, without text"
   --output_dir "$out/encoder" 2> >(tee "$out/encoder.log" >&2)
 
 echo "2/4  Fine-tuning it on transcripts; beside it, the same model from scratch (log: $out/scratch.log)"
-OMP_NUM_THREADS=1 "$python" scripts/finetune_ctc.py --config scripts/configs/quickstart_ctc.yaml "${common[@]}" \
-  --model tiny --model_options $(grep -oE '\b[a-z_]+=[0-9.]+' scripts/configs/quickstart_pretrain.yaml) \
-  --output_dir "$out/scratch" --disable_tqdm True > "$out/scratch.log" 2>&1 &
+finetune=("$python" scripts/finetune_ctc.py --config scripts/configs/quickstart_ctc.yaml "${common[@]}" --model "$out/encoder")
+OMP_NUM_THREADS=1 "${finetune[@]}" --from_scratch --output_dir "$out/scratch" --disable_tqdm True > "$out/scratch.log" 2>&1 &
 scratch=$!
-OMP_NUM_THREADS=1 "$python" scripts/finetune_ctc.py --config scripts/configs/quickstart_ctc.yaml "${common[@]}" \
-  --model "$out/encoder" --output_dir "$out/recognizer" 2> >(tee "$out/recognizer.log" >&2)
-wait "$scratch"
+trap 'kill "$scratch" 2> /dev/null || true' EXIT
+OMP_NUM_THREADS=1 "${finetune[@]}" --output_dir "$out/recognizer" 2> >(tee "$out/recognizer.log" >&2)
+if ! wait "$scratch"; then
+  tail -n 20 "$out/scratch.log" >&2
+  exit 1
+fi
 
 echo "3/4  Scoring both on the test split"
 for model in recognizer scratch; do
-  "$python" scripts/evaluate.py --model "$out/$model" --split test --output_file "$out/$model/test.json" > "$out/$model-test.log" 2>&1 &
+  "$python" scripts/evaluate.py --device cpu --model "$out/$model" --split test --output_file "$out/$model/test.json" \
+    2> "$out/$model-test.log" || { tail -n 20 "$out/$model-test.log" >&2; exit 1; }
 done
-wait
 
 echo "4/4  Transcribing"
 "$python" scripts/quickstart_summary.py "$out" "$((SECONDS - started))"

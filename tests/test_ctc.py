@@ -61,6 +61,7 @@ def test_preflight_names_every_clip_and_its_reason(tmp_path):
         ("empty", 1.0, ""),
         ("foreign", 3.0, "hé"),
         ("pipe", 1.0, "h|e"),
+        ("blank", 1.0, "h[PAD]e"),
         ("long", 20.0, "hello"),
         ("crowded", 0.2, "hello"),  # 5 frames, 5 labels, 1 repeat
         ("just_enough", 0.24, "hello"),
@@ -76,13 +77,14 @@ def test_preflight_names_every_clip_and_its_reason(tmp_path):
         "empty": ("empty text", "nothing is left after normalisation"),
         "foreign": ("characters outside the vocabulary", "é"),
         "pipe": ("characters outside the vocabulary", "|"),
+        "blank": ("characters outside the vocabulary", "[PAD]"),
         "long": ("too long", "20.0 s > 10 s"),
         "crowded": ("too short for its text", "5 frames < 5 labels + 1 repeats"),
     }
-    assert "6 of 8 clips (0.007 of 0.01 h) are left out" in str(report)
+    assert "7 of 9 clips (0.008 of 0.01 h) are left out" in str(report)
     assert "too long: 1 clips, 0.006 h, such as long (20.0 s > 10 s)" in str(report)
     report.save(tmp_path / "preflight.json")
-    assert len(json.loads((tmp_path / "preflight.json").read_text())["problems"]) == 6
+    assert len(json.loads((tmp_path / "preflight.json").read_text())["problems"]) == 7
 
 
 def test_error_rates_of_known_texts():

@@ -16,6 +16,7 @@ from hf_speechcl import load_corpus, load_demo
 from hf_speechcl.data import CTCCollator, DurationBatchSampler, PretrainingCollator, SpeechDataset
 from hf_speechcl.data.audio import AudioError, read_audio, read_duration
 from hf_speechcl.data.corpora import corpus_splits, load_train_and_validation
+from hf_speechcl.data.folders import split_of
 from hf_speechcl.data.masking import draw_negatives, span_mask
 
 
@@ -85,13 +86,12 @@ def test_part_of_a_clip_equals_the_slice_of_the_whole(clips):
     np.testing.assert_array_equal(part, clips[3][4000:12000])
 
 
-def truncated_wav(clip):
-    return wav_bytes(clip)[: len(clip)]  # half of its 16-bit samples
+def first_half(**format):
+    def make(clip):
+        encoded = wav_bytes(clip, **format)
+        return encoded[: len(encoded) // 2]
 
-
-def truncated_flac(clip):
-    encoded = wav_bytes(clip, format="FLAC")
-    return encoded[: len(encoded) // 2]
+    return make
 
 
 def not_a_number(clip):
@@ -102,7 +102,12 @@ BAD_BYTES = {
     "empty": (lambda clip: b"", "empty file"),
     "text": (lambda clip: b"this is no audio\n" * 100, "not readable as audio"),
     "header_only": (lambda clip: wav_bytes(clip[:0]), "no samples"),
-    "truncated_flac": (truncated_flac, "truncated|cannot be decoded|not readable"),
+    "half_a_wav": (first_half(), r"truncated: \d+ of \d+ bytes"),
+    "half_an_aiff": (first_half(format="AIFF"), r"truncated: \d+ of \d+ bytes"),
+    "half_a_vorbis": (first_half(format="OGG", subtype="VORBIS"), "truncated: its last Ogg page"),
+    "half_an_opus": (first_half(format="OGG", subtype="OPUS"), "truncated: its last Ogg page"),
+    "half_a_flac": (first_half(format="FLAC"), "cannot be decoded"),
+    "half_an_mp3": (first_half(format="MP3", subtype="MPEG_LAYER_III"), r"truncated: [\d.]+ s of [\d.]+ s"),
     "not_a_number": (not_a_number, "not finite"),
 }
 
@@ -115,10 +120,11 @@ def test_bad_audio_is_refused_with_the_reason(kind, clips):
         (read_duration(audio), read_audio(audio, 16000))
 
 
-def test_truncated_wav_is_read_as_far_as_it_goes(clips):
-    audio = {"bytes": truncated_wav(clips[4]), "path": None}
-    assert len(read_audio(audio, 16000)) == pytest.approx(read_duration(audio) * 16000)
-    assert read_duration(audio) < len(clips[4]) / 16000
+def test_a_wav_whose_header_does_not_know_its_size_is_read(clips):
+    encoded = bytearray(wav_bytes(clips[0]))
+    place = encoded.index(b"data") + 4
+    encoded[place : place + 4] = b"\xff\xff\xff\xff"  # as written into a pipe
+    assert len(read_audio({"bytes": bytes(encoded), "path": None}, 16000)) == len(clips[0])
 
 
 # ---- corpora ----
@@ -148,6 +154,81 @@ def test_sub_folders_and_jsonl_metadata_make_splits(tmp_path, clips):
     validation = load_corpus(str(tmp_path), "validation", text_column="sentence")
     assert train["id"] == ["other/a.wav", "train/a.wav"]
     assert (validation["id"], validation["text"]) == (["dev/a.wav"], ["hello"])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("a.wav", "train"),
+        ("test.wav", "train"),
+        ("test/a.wav", "test"),
+        ("data/test/a.wav", "test"),
+        ("clips/VAL/speaker/a.wav", "validation"),
+        ("dev_team/a.wav", "train"),
+        ("speaker/eval/a.wav", "test"),
+        ("data/test-00000-of-00002.parquet", "test"),
+        ("validation.parquet", "validation"),
+        ("testimony.parquet", "train"),
+        ("data/train-00000-of-00001-abc.parquet", "train"),
+    ],
+)
+def test_split_of_a_file(name, split):
+    assert split_of(name) == split
+
+
+def test_nested_splits_are_kept_apart(tmp_path, clips):
+    for split in ("train", "test"):
+        (tmp_path / "clips" / split).mkdir(parents=True)
+        soundfile.write(tmp_path / "clips" / split / f"{split}.wav", clips[0], 16000)
+    assert corpus_splits(str(tmp_path)) == ["test", "train"]
+    assert load_corpus(str(tmp_path), "train")["id"] == ["clips/train/train.wav"]
+
+
+def test_clips_of_the_same_name_get_ids_of_their_own(tmp_path, clips):
+    table = {"audio": [{"bytes": wav_bytes(clip), "path": "audio.wav"} for clip in clips], "text": [1, 2, 3, 4, 5]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "all.parquet")
+    train, validation = load_train_and_validation(str(tmp_path), validation_fraction=0.2)
+    assert len(train) + len(validation) == 5
+    assert len(set(train["id"]) | set(validation["id"])) == 5
+    assert set(train["text"]) | set(validation["text"]) == set("12345")
+
+
+def test_audio_is_preferred_to_a_stray_parquet_file(audio_folder, caplog):
+    pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), audio_folder / "notes.parquet")
+    assert len(load_corpus(str(audio_folder))) == 4
+    assert "notes.parquet is not used" in caplog.text
+
+
+def test_column_that_holds_no_audio_is_named(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"audio": [1.5, 2.5]}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"the column 'audio' holds .*float64.*, expected audio"):
+        load_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metadata.csv", b"file_name,text\na.wav,x\n,y\n", "metadata.csv, line 3: file_name is empty"),
+        ("metadata.csv", "file_name,text\na.wav,é\n".encode("latin-1"), "metadata.csv is not UTF-8 text"),
+        ("metadata.csv", b"path,text\na.wav,x\n", "line 2: no column 'file_name'; it has path, text"),
+        ("metadata.jsonl", b'{"file_name": "a.wav"}\n{"text":\n', "metadata.jsonl, line 2: not JSON"),
+        ("metadata.jsonl", b'["a.wav"]\n', "line 1: no column 'file_name'; it has list"),
+    ],
+)
+def test_bad_metadata_is_named_by_file_and_line(file, content, message, tmp_path, clips):
+    soundfile.write(tmp_path / "a.wav", clips[0], 16000)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(str(tmp_path))
+
+
+def test_metadata_may_name_files_by_other_paths(tmp_path, clips):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "meta").mkdir()
+    soundfile.write(tmp_path / "clips" / "a.wav", clips[0], 16000)
+    (tmp_path / "meta" / "metadata.csv").write_text("file_name,text\n../clips/a.wav,hello\n")
+    corpus = load_corpus(str(tmp_path))
+    assert (corpus["id"], corpus["text"]) == (["clips/a.wav"], ["hello"])
 
 
 def test_parquet_folder_with_splits_and_other_column_names(tmp_path, clips):
@@ -228,7 +309,7 @@ def test_wrong_source_split_or_column_is_named(arguments, error, message):
 
 
 def test_metadata_without_its_column_names_those_it_has(audio_folder):
-    with pytest.raises(ValueError, match=r"metadata.csv has no column 'sentence'; it has file_name, text"):
+    with pytest.raises(ValueError, match=r"metadata.csv, line 2: no column 'sentence'; it has file_name, text"):
         load_corpus(str(audio_folder), text_column="sentence", require_text=True)
     assert load_corpus(str(audio_folder), text_column="sentence")["text"] == [None] * 4
 

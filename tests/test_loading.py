@@ -37,15 +37,18 @@ def pretrained_folder(pretraining_config, tmp_path):
     return tmp_path / "pretrained"
 
 
+SLIDING_WINDOW = 8
+
+
 @pytest.fixture
 def ctc_folder(tmp_path):
-    """A CTC model and processor. Attention is silenced: each frame then depends on its neighbourhood alone."""
+    """A CTC model and its processor; what a frame sees ends 2 x 8 frames, 0.64 s, and the convolutions away from it."""
     processor = build_processor(["abcdefgh ijklmnop qrstuvwx yz'"], 16000)
-    model = SpeechCLForCTC(SpeechCLConfig(**TINY, vocab_size=len(processor.tokenizer)))
+    config = SpeechCLConfig(**TINY, vocab_size=len(processor.tokenizer), sliding_window=SLIDING_WINDOW)
+    model = SpeechCLForCTC(config)
     with torch.no_grad():
-        model.lm_head.weight.mul_(50)
         for layer in model.speechcl.layers:
-            layer.attention.o_proj.weight.zero_()
+            layer.attention.o_proj.weight.mul_(20)
     model.save_pretrained(tmp_path / "ctc")
     processor.save_pretrained(tmp_path / "ctc")
     return tmp_path / "ctc"
@@ -193,6 +196,8 @@ def test_stitched_minute_gives_the_text_of_the_whole(recognizer, clips, chunk_le
     stitched = recognizer(recording, chunk_length_s=chunk_length_s, stride_length_s=1, batch_size=batch_size)["text"]
     assert len(whole) > 300
     assert stitched == whole
+    # A stride shorter than what a frame sees must show: else attention would not matter to this test.
+    assert recognizer(recording, chunk_length_s=1, stride_length_s=0.08)["text"] != whole
 
 
 @pytest.mark.parametrize("kind", ["char", "word"])

@@ -245,6 +245,11 @@ def test_default_quantizer_of_best_rq_takes_the_encoder_rate():
         assert objective.quantizer.projection.shape[1] == factor * 80
 
 
+def test_best_rq_refuses_an_encoder_rate_that_its_frames_do_not_divide():
+    with pytest.raises(ValueError, match="multiple of it, found 512 samples"):
+        BestRQ(SpeechCLConfig(**TINY, hop_length=128))
+
+
 def test_adding_an_objective_takes_a_class_and_a_line(monkeypatch, clips):
     class EnergyRegression(Objective):
         masked_frames = True
@@ -277,6 +282,10 @@ def test_adding_an_objective_takes_a_class_and_a_line(monkeypatch, clips):
     [
         ({"bestrq": {}}, "unknown objective 'bestrq': expected one of best_rq, wav2vec2"),
         ({"best_rq": {"codebooks": 2}}, "'best_rq' has no option codebooks: it takes num_codebooks"),
+        ({"best_rq": {"num_codebooks": 1.5}}, "best_rq.num_codebooks must be like its default 4, found 1.5"),
+        ({"best_rq": {"codebook_size": 0}}, "best_rq.codebook_size must be positive, found 0"),
+        ({"wav2vec2": {"temperature": -1}}, "wav2vec2.temperature must be positive"),
+        ({"wav2vec2": {"num_negatives": "many"}}, "wav2vec2.num_negatives must be like its default 100, found 'many'"),
         ({}, "objectives is empty"),
     ],
 )

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import pipeline
+from transformers import AutoModelForCTC, pipeline
 
 from hf_speechcl.training.arguments import (
     PretrainingDataArguments,
@@ -21,6 +22,7 @@ from hf_speechcl.training.arguments import (
     parse_assignments,
     parse_objectives,
 )
+from hf_speechcl.training.pretrain import build_model
 from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
 
 SCRIPTS = ["pretrain.py", "finetune_ctc.py", "evaluate.py"]
@@ -165,12 +167,13 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
         ("pretrain.py", ["--per_device_train_batch_size", "4"], "batches are measured in seconds, set max_seconds"),
         ("pretrain.py", ["--corpus", "/no/such"], "no folder or file /no/such"),
         ("pretrain.py", ["--maxsteps", "3"], "unknown options: --maxsteps 3"),
+        ("pretrain.py", ["--mask_span", "0"], "mask_span must be positive"),
         ("pretrain.py", ["--max_steps", "many"], "invalid int value: 'many'"),
         ("pretrain.py", ["--config", "/no/such.yaml"], "/no/such.yaml: no such file"),
         ("finetune_ctc.py", ["--model", "huge"], "model 'huge': expected tiny, small, base, large, a folder"),
         ("finetune_ctc.py", ["--text_normalization", "upper"], "unknown text normalisation 'upper'"),
         ("finetune_ctc.py", ["--text_column", "words"], "demo has no column 'words'; it has id, audio, text"),
-        ("evaluate.py", ["--model", "tests"], "tests"),
+        ("evaluate.py", ["--text_normalization", "upper"], "unknown text normalisation 'upper'"),
     ],
 )
 def test_wrong_option_stops_the_script_with_its_name(script, arguments, message, tmp_path):
@@ -200,6 +203,39 @@ def test_configuration_file_sets_options_and_the_command_line_overrides_them(tmp
         9,
     )
     assert data.mask_span == 0.2
+
+
+def test_scalars_and_lists_in_a_configuration_file_mean_the_same(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("corpus: my_audio\nobjectives: best_rq=2\n")
+    model, data = parse_arguments([PretrainingModelArguments, PretrainingDataArguments], "", ["--config", str(file)])
+    assert (data.corpus, model.objectives) == (["my_audio"], ["best_rq=2"])
+
+
+def test_same_model_from_scratch_has_the_architecture_and_none_of_the_weights(road, tmp_path):
+    run_script(
+        "finetune_ctc.py", "--model", road["folder"] / "encoder", "--from_scratch", "--output_dir", tmp_path / "scratch",
+        "--max_steps", 1, "--learning_rate", 0, "--head_learning_rate", 0, *FAST_RUN,
+    )  # fmt: skip
+    scratch, tuned = (
+        AutoModelForCTC.from_pretrained(folder) for folder in (tmp_path / "scratch", road["folder"] / "ctc")
+    )
+    assert {n: p.shape for n, p in scratch.named_parameters()} == {n: p.shape for n, p in tuned.named_parameters()}
+    weights = [model.speechcl.layers[0].attention.q_proj.weight.flatten() for model in (scratch, tuned)]
+    assert torch.corrcoef(torch.stack(weights))[0, 1].abs() < 0.1
+    card = (tmp_path / "scratch" / "README.md").read_text()
+    assert "2 layers of 32, 2 heads" in card
+    assert "trained from scratch" in card
+    assert scratch.config.objectives is None
+
+
+def test_quickstart_builds_its_model():
+    model, *_ = parse_arguments(
+        [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments],
+        "",
+        ["--config", str(ROOT / "scripts" / "configs" / "quickstart_pretrain.yaml"), "--use_cpu", "True"],
+    )
+    assert build_model(model).num_parameters() < 4e6
 
 
 def test_unknown_option_in_a_configuration_file_is_named(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The trainer's arithmetic, resume after a kill, and more than one process."""
 
+import json
 import os
 import signal
 import subprocess
@@ -95,21 +96,23 @@ def test_validation_loss_is_the_same_every_time_and_does_not_depend_on_the_batch
 
 
 def test_logged_scalars_are_those_of_all_batches_since_the_last_log(corpus, tmp_path):
-    trainer = make_pretraining_trainer(corpus, tmp_path)
-    trainer.args.max_steps, trainer.args.logging_steps, trainer.args.eval_strategy = 4, 2, "no"
-    trainer.args.learning_rate = 0.0
+    trainer = make_pretraining_trainer(corpus, tmp_path, {"best_rq": SMALL_OBJECTIVES["best_rq"]})
+    trainer.args.max_steps, trainer.args.logging_steps, trainer.args.eval_strategy = 2, 2, "no"
+    trainer.args.learning_rate = 0.0  # both batches are judged by the same weights
+    sampler = trainer.get_train_dataloader()
+    with torch.no_grad():
+        outputs = [
+            trainer.model(**{key: value for key, value in batch.items() if key != "num_skipped"}) for batch in sampler
+        ]
     trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(entries) == 2
-    for entry in entries:
-        assert set(entry) >= {
-            "grad_norm",
-            "learning_rate",
-            "best_rq/loss",
-            "best_rq/accuracy",
-            "wav2vec2/code_perplexity",
-        }
-        assert 0 <= entry["best_rq/accuracy"] <= 1
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    sums = [output.objectives["best_rq"] for output in outputs[:2]]
+    num_items = sum(output.num_items for output in sums)
+    assert entry["best_rq/loss"] == pytest.approx((sum(o.loss for o in sums) / num_items).item(), rel=1e-5)
+    assert entry["best_rq/accuracy"] == pytest.approx((sum(o.metrics["accuracy"] for o in sums) / num_items).item())
+    assert entry["loss"] == pytest.approx(sum((o.loss / o.num_items).item() for o in sums) / 2, rel=1e-5)
+    assert entry["audio_hours"] > 0
+    assert set(entry) >= {"grad_norm", "learning_rate", "best_rq/code_perplexity"}
 
 
 def test_training_stops_when_the_loss_is_not_finite(corpus, tmp_path):
@@ -130,6 +133,8 @@ def test_head_and_encoder_have_their_learning_rates_and_the_encoder_waits(corpus
     trainer.train()
     changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"lm_head.weight", "lm_head.bias"}
+    encoder = [p for name, p in trainer.model.named_parameters() if name.startswith("speechcl.")]
+    assert not any(parameter in trainer.optimizer.state for parameter in encoder)
     trainer.optimizer = None
     trainer.args.max_steps = 6
     trainer.train()
@@ -141,6 +146,7 @@ def test_head_and_encoder_have_their_learning_rates_and_the_encoder_waits(corpus
 def test_find_checkpoint(tmp_path):
     assert find_checkpoint(str(tmp_path), None) is None
     assert find_checkpoint(str(tmp_path), "last") is None
+    (tmp_path / "checkpoint-best").mkdir()
     for step, state in ((8, '{"global_step": 8}'), (9, ""), (10, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -191,25 +197,44 @@ def test_run_killed_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(tm
     torch.testing.assert_close(again, whole, rtol=0, atol=0)
 
 
-def test_two_processes_equal_one_that_accumulates(tmp_path):
-    common = [
-        "--max_steps",
-        4,
-        "--encoder_options",
-        *TINY_OPTIONS,
-        *FAST_RUN,
-        "--optim",
-        "sgd",
-        "--learning_rate",
-        "0.1",
-    ]
-    common += ["--objectives", "best_rq=1"]
-    run_script("pretrain.py", *common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "scripts" / "pretrain.py"), *map(str, common), "--output_dir", str(tmp_path / "two")]
+def launch(script, *arguments):
+    """Run a script of the repository on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "scripts" / script), *map(str, arguments)]
     result = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_two_processes_equal_one_that_accumulates(tmp_path):
+    common = ["--max_steps", 4, "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--optim", "sgd"]
+    common += ["--objectives", "best_rq=1", "--learning_rate", "0.1"]
+    run_script("pretrain.py", *common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
+    launch("pretrain.py", *common, "--output_dir", tmp_path / "two")
     one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_score_as_one_does_even_if_one_has_no_batch(tmp_path, audio_folder):
+    # Four clips in one batch: the second process has nothing to validate or to transcribe.
+    common = ["--corpus", audio_folder, "--model", "tiny", "--model_options", *TINY_OPTIONS, "--max_steps", 1]
+    common += [*FAST_RUN, "--learning_rate", 0, "--head_learning_rate", 0, "--max_seconds_per_batch", 60]
+    run_script("finetune_ctc.py", *common, "--output_dir", tmp_path / "one")
+    launch("finetune_ctc.py", *common, "--output_dir", tmp_path / "two")
+    one, two = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+    assert two["eval_wer"] == one["eval_wer"]
+    scores = ["--model", tmp_path / "one", "--corpus", audio_folder, "--split", "train", "--device", "cpu"]
+    run_script("evaluate.py", *scores, "--output_file", tmp_path / "one.json")
+    launch("evaluate.py", *scores, "--output_file", tmp_path / "two.json")
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+
+
+def test_evaluation_draws_nothing_from_the_generator_of_training(corpus, tmp_path):
+    trainer = make_pretraining_trainer(corpus, tmp_path)
+    before = torch.get_rng_state()
+    trainer.evaluate()
+    next(iter(trainer.get_train_dataloader()))
+    assert torch.equal(torch.get_rng_state(), before)

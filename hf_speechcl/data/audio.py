@@ -1,12 +1,16 @@
 """One clip: encoded bytes or a file → float32 mono samples at the model's rate."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
+
+MAX_OGG_PAGE = 65307
+UNKNOWN_SIZE = 0x7FFFF000  # sizes from here on are written by programs that did not know the size when they began
 
 
 class AudioError(ValueError):
@@ -21,11 +25,31 @@ def _open(audio: dict[str, Any]) -> soundfile.SoundFile:
         size = Path(path).stat().st_size if data is None else len(data)
         if size == 0:
             raise AudioError("empty file")
-        return soundfile.SoundFile(path if data is None else io.BytesIO(data))
+        file = soundfile.SoundFile(path if data is None else io.BytesIO(data))
+        _refuse_truncated(file, data, path)
+        return file
     except FileNotFoundError:
         raise AudioError("no such file") from None
     except soundfile.LibsndfileError as error:
         raise AudioError(f"not readable as audio: {error.error_string}") from None
+    except (OSError, TypeError) as error:
+        raise AudioError(f"not readable as audio: {error}") from None
+
+
+def _refuse_truncated(file: soundfile.SoundFile, data: bytes | None, path: str | None) -> None:
+    """libsndfile takes WAV, AIFF and Ogg files that end too early for shorter ones; their headers know better."""
+    if file.format == "OGG":
+        if data is None:
+            with open(path, "rb") as stream:
+                stream.seek(max(0, Path(path).stat().st_size - MAX_OGG_PAGE))
+                data = stream.read()
+        page = data.rfind(b"OggS", max(0, len(data) - MAX_OGG_PAGE))
+        if page < 0 or len(data) < page + 6 or not data[page + 5] & 4:
+            raise AudioError("truncated: its last Ogg page does not end the stream")
+    elif sizes := re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE):
+        declared, found = map(int, sizes.groups())
+        if found < declared < UNKNOWN_SIZE:
+            raise AudioError(f"truncated: {found} of {declared} bytes of samples are there")
 
 
 def read_duration(audio: dict[str, Any]) -> float:

@@ -1,11 +1,8 @@
 """Any source of audio → rows with an id, undecoded audio, a duration from the header and, where known, a text."""
 
-import csv
-import json
 import logging
 import re
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,16 +10,16 @@ import datasets
 import numpy as np
 import pyarrow.compute
 from datasets import Audio, Dataset, Features, Value, concatenate_datasets, load_dataset
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm.auto import tqdm
 
 from .audio import AudioError, read_duration
 from .demo import load_demo
+from .folders import AUDIO_SUFFIXES, audio_files, parquet_files, split_of
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 AUDIO = {"bytes": Value("binary"), "path": Value("string")}
 
 
@@ -42,8 +39,8 @@ def load_corpus(
         sources: "demo" (the embedded corpus); a folder of audio files, with or without a metadata.csv or
             metadata.jsonl (columns `file_name` and `text`); a folder of parquet files, or one such file; or the name
             of a data set on the Hub, "user/name" or "user/name:config".
-        split: which split. In a folder, the sub-folders (or the parquet files whose names begin with) train,
-            validation, valid, dev and test are splits; what is in none of them is train.
+        split: which split. In a folder, sub-folders named train, validation, valid, val, dev, test or eval, and parquet
+            files whose names begin so, are splits; what is in none of them is train.
         audio_column, text_column: the columns of parquet files, metadata and Hub data sets.
         require_text: fail if a source has no text column.
 
@@ -55,10 +52,12 @@ def load_corpus(
         ValueError: a column or a split is missing; the message names those there are.
     """
     sources = [sources] if isinstance(sources, str) else list(sources)
-    parts = [
-        _measure(_load_source(source, split, audio_column, text_column, require_text), source) for source in sources
-    ]
-    corpus = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    parts = []
+    for source in sources:
+        rows = _load_source(source, split, audio_column, text_column, require_text)
+        parts.append(_measure(_with_unique_ids(rows), source))
+        logger.info("%s, split %s: %d clips", source, split, len(parts[-1]))
+    corpus = concatenate_datasets(parts)
     if len(corpus) == 0:
         raise FileNotFoundError(
             f"no usable audio in split {split!r} of {', '.join(sources)}: see the skipped files above"
@@ -67,23 +66,28 @@ def load_corpus(
 
 
 def load_train_and_validation(
-    sources: str | list[str], validation_fraction: float = 0.05, **columns
+    sources: str | list[str],
+    validation_fraction: float = 0.05,
+    train_split: str = "train",
+    validation_split: str = "validation",
+    **columns,
 ) -> tuple[Dataset, Dataset]:
-    """Load the splits train and validation; a source without validation gives up a share of its train split for it.
+    """Load a split to train on and one to validate on; a source without the latter gives up a share of the former.
 
     Args:
         sources, columns: as for `load_corpus`.
         validation_fraction: the share of clips held out. Which clips is decided by a hash of their ids, so they stay
             held out when a folder grows.
+        train_split, validation_split: names of the splits.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, found {validation_fraction}")
     train, validation = [], []
     for source in [sources] if isinstance(sources, str) else sources:
-        corpus = load_corpus(source, "train", **columns)
-        if "validation" in corpus_splits(source):
+        corpus = load_corpus(source, train_split, **columns)
+        if validation_split in corpus_splits(source):
             train.append(corpus)
-            validation.append(load_corpus(source, "validation", **columns))
+            validation.append(load_corpus(source, validation_split, **columns))
         elif len(corpus) < 2:
             raise ValueError(f"{source} holds one clip only: training and validation need one each")
         else:
@@ -91,7 +95,9 @@ def load_train_and_validation(
             held_out = hashes < max(validation_fraction * 2**32, hashes.min() + 1)
             if held_out.all():
                 held_out = hashes == hashes.min()
-            logger.info("%s has no validation split: %d of %d clips are held out", source, held_out.sum(), len(corpus))
+            logger.info(
+                "%s has no split %s: %d of %d clips are held out", source, validation_split, held_out.sum(), len(corpus)
+            )
             train.append(corpus.select(np.flatnonzero(~held_out)))
             validation.append(corpus.select(np.flatnonzero(held_out)))
     return concatenate_datasets(train), concatenate_datasets(validation)
@@ -100,30 +106,23 @@ def load_train_and_validation(
 def corpus_splits(source: str) -> list[str]:
     """Names of the splits that a source has."""
     if source == "demo":
-        return ["train", "validation", "test"]
+        return sorted(load_demo())
     if (path := _local_path(source)) is None:
         name, _, config = source.partition(":")
         return datasets.get_dataset_split_names(name, config or None)
-    rows = _folder_rows(path) if path.is_dir() and not _parquet_files(path) else _parquet_files(path)
-    return sorted({_split_of(row) for row in rows})
+    return sorted({split_of(name) for name in parquet_files(path) or audio_files(path)})
 
 
 def _load_source(source: str, split: str, audio_column: str, text_column: str, require_text: bool) -> Dataset:
+    """Rows of one source: id, audio, text and, where it is known already, duration."""
     path = None if source == "demo" else _local_path(source)
-    if path is not None and path.is_dir() and not _parquet_files(path):
-        rows = _folder_rows(path, text_column, require_text)
-        if require_text and not any("text" in row for row in rows):
-            raise ValueError(
-                f"{source} has no texts: expected {' or '.join(METADATA_FILES)} in it, with the columns file_name "
-                f"and {text_column}"
-            )
-        chosen = [row for row in rows if _split_of(row) == split]
-        if not chosen:
-            raise ValueError(_no_split(source, split, {_split_of(row) for row in rows}))
+    if path is not None and not parquet_files(path):
+        texts = audio_files(path, text_column, require_text)
+        names = _of_split(list(texts), split, source)
         table = {
-            "id": [row["name"] for row in chosen],
-            "audio": [{"bytes": None, "path": str(path / row["name"])} for row in chosen],
-            "text": [row.get("text") for row in chosen],
+            "id": names,
+            "audio": [{"bytes": None, "path": str(path / name)} for name in names],
+            "text": [texts[name] for name in names],
         }
         features = Features({"id": Value("string"), "audio": AUDIO, "text": Value("string")})
         return Dataset.from_dict(table, features=features).cast_column("audio", Audio(decode=False))
@@ -134,23 +133,21 @@ def _load_source(source: str, split: str, audio_column: str, text_column: str, r
             raise ValueError(_no_split(source, split, splits))
         dataset = splits[split]
     elif path is not None:
-        files = _parquet_files(path)
-        chosen = [str(path / row["name"]) if path.is_dir() else str(path) for row in files if _split_of(row) == split]
-        if not chosen:
-            raise ValueError(_no_split(source, split, {_split_of(row) for row in files}))
-        dataset = load_dataset("parquet", data_files=chosen, split="train")
+        names = _of_split(parquet_files(path), split, source)
+        files = [str(path / name) if path.is_dir() else str(path) for name in names]
+        dataset = load_dataset("parquet", data_files=files, split="train")
     else:
         name, _, config = source.partition(":")
         dataset = load_dataset(name, config or None, split=split)
-
+    columns = ", ".join(dataset.column_names)
     if audio_column not in dataset.column_names:
-        raise ValueError(
-            f"{source} has no column {audio_column!r}; it has {', '.join(dataset.column_names)}: set audio_column"
-        )
+        raise ValueError(f"{source} has no column {audio_column!r}; it has {columns}: set audio_column")
     if require_text and text_column not in dataset.column_names:
-        raise ValueError(
-            f"{source} has no column {text_column!r}; it has {', '.join(dataset.column_names)}: set text_column"
-        )
+        raise ValueError(f"{source} has no column {text_column!r}; it has {columns}: set text_column")
+    feature = dataset.features[audio_column]
+    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
+    if not is_struct and not isinstance(feature, Audio):
+        raise ValueError(f"{source}: the column {audio_column!r} holds {feature}, expected audio (bytes and path)")
     return _standard_columns(dataset, audio_column, text_column)
 
 
@@ -161,12 +158,13 @@ def _standard_columns(dataset: Dataset, audio_column: str, text_column: str) -> 
     paths = pyarrow.compute.struct_field(dataset.data.column(audio_column), "path").to_pylist()
     names = dataset["id"] if "id" in columns else [Path(path or "").name for path in paths]
     texts = dataset[text_column] if text_column in columns else [None] * len(dataset)
+    texts = [None if text is None else str(text) for text in texts]
     seconds = _trusted_durations(dataset, audio_column)
     rows = dataset.select_columns(audio_column)
     if audio_column != "audio":
         rows = rows.rename_column(audio_column, "audio")
     rows = rows.add_column("id", [str(name or number) for number, name in enumerate(names)], feature=Value("string"))
-    rows = rows.add_column("text", list(texts), feature=Value("string"))
+    rows = rows.add_column("text", texts, feature=Value("string"))
     if seconds is not None:
         rows = rows.add_column("duration", seconds, feature=Value("float64"))
     return rows
@@ -176,7 +174,9 @@ def _trusted_durations(dataset: Dataset, audio_column: str) -> list[float] | Non
     """The column duration, if there is one and the headers of a few clips agree that it is in seconds."""
     if "duration" not in dataset.column_names:
         return None
-    seconds = [float(value or 0) for value in dataset["duration"]]
+    seconds = dataset["duration"][:]
+    if not all(isinstance(value, int | float) and value > 0 for value in seconds):
+        return None
     for row in np.linspace(0, len(seconds) - 1, num=min(3, len(seconds)), dtype=int):
         try:
             measured = read_duration(dataset[int(row)][audio_column])
@@ -189,7 +189,16 @@ def _trusted_durations(dataset: Dataset, audio_column: str) -> list[float] | Non
                 measured,
             )
             return None
-    return seconds
+    return [float(value) for value in seconds]
+
+
+def _with_unique_ids(rows: Dataset) -> Dataset:
+    """Rows whose ids are all different: where they are not, their number is added."""
+    names = rows["id"][:]
+    if len(set(names)) == len(names):
+        return rows
+    unique = [f"{name}#{number}" for number, name in enumerate(names)]
+    return rows.remove_columns("id").add_column("id", unique, feature=Value("string"))
 
 
 def _measure(rows: Dataset, source: str) -> Dataset:
@@ -217,64 +226,28 @@ def _measure(rows: Dataset, source: str) -> Dataset:
 
 
 def _local_path(source: str) -> Path | None:
-    """The path that a source names, or None if it is the name of a Hub data set."""
+    """The path that a source names; for a Hub data set of audio files its download; for others on the Hub None."""
     path = Path(source).expanduser()
     if path.exists():
         if path.is_file() and path.suffix != ".parquet":
             raise ValueError(f"{source} is a file: expected a folder, a .parquet file or a Hub data set")
         return path
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", source):
-        return None
-    raise FileNotFoundError(f"no folder or file {source}; a Hub data set is named user/name or user/name:config")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", source):
+        raise FileNotFoundError(f"no folder or file {source}; a Hub data set is named user/name or user/name:config")
+    try:
+        files = HfApi().list_repo_files(source, repo_type="dataset") if ":" not in source else []
+    except OfflineModeIsEnabled:
+        files = []
+    if any(Path(file).suffix.lower() in AUDIO_SUFFIXES for file in files):
+        return Path(snapshot_download(source, repo_type="dataset"))
+    return None
 
 
-def _parquet_files(path: Path) -> list[dict]:
-    if path.is_file():
-        return [{"name": path.name}]
-    return [{"name": str(file.relative_to(path))} for file in sorted(path.rglob("*.parquet"))]
-
-
-def _split_of(row: dict) -> str:
-    """The split of a file by the first part of its relative path; that of a parquet file also by its name."""
-    name = row["name"]
-    if "/" not in name and not name.endswith(".parquet"):
-        return "train"
-    return SPLITS.get(re.split(r"[/\-_.]", name)[0].lower(), "train")
-
-
-def _folder_rows(folder: Path, text_column: str = "text", require_text: bool = False) -> list[dict]:
-    """`{"name": relative path, "text"}` of all audio files below a folder, and of all that its metadata name."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    rows = {}
-    for file in files:
-        if file.suffix.lower() in AUDIO_SUFFIXES:
-            name = file.relative_to(folder).as_posix()
-            rows[name] = {"name": name}
-    for file in files:
-        if file.name in METADATA_FILES:
-            for entry in _read_metadata(file, ["file_name", text_column] if require_text else ["file_name"]):
-                name = (file.parent.relative_to(folder) / entry["file_name"]).as_posix()
-                rows[name] = {"name": name, "text": entry.get(text_column)}
-    if not rows:
-        suffixes = Counter(file.suffix.lower() or file.name for file in files)
-        found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
-        raise FileNotFoundError(
-            f"no audio in {folder}: found {found}; expected {' '.join(sorted(AUDIO_SUFFIXES))} or .parquet"
-        )
-    return list(rows.values())
-
-
-def _read_metadata(file: Path, required: list[str]) -> list[dict]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        entries = (
-            list(csv.DictReader(stream))
-            if file.suffix == ".csv"
-            else [json.loads(line) for line in stream if line.strip()]
-        )
-    for column in required:
-        if entries and column not in entries[0]:
-            raise ValueError(f"{file} has no column {column!r}; it has {', '.join(entries[0])}")
-    return entries
+def _of_split(names: list[str], split: str, source: str) -> list[str]:
+    chosen = [name for name in names if split_of(name) == split]
+    if not chosen:
+        raise ValueError(_no_split(source, split, {split_of(name) for name in names}))
+    return chosen
 
 
 def _no_split(source: str, split: str, splits) -> str:

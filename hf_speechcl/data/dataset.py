@@ -42,8 +42,13 @@ class SpeechDataset(Dataset):
         parts = np.ones(len(seconds), dtype=int) if max_seconds is None else np.ceil(seconds / max_seconds).astype(int)
         parts = np.where(seconds < min_seconds, 0, np.maximum(parts, 1))
         if (parts == 0).any():
+            short = [corpus[int(row)]["id"] for row in np.flatnonzero(parts == 0)]
             logger.warning(
-                "%d of %d clips are shorter than %g s and left out", (parts == 0).sum(), len(parts), min_seconds
+                "%d of %d clips are shorter than %g s and left out: %s",
+                len(short),
+                len(parts),
+                min_seconds,
+                ", ".join(short[:20]) + (" …" if len(short) > 20 else ""),
             )
         if not parts.any():
             raise ValueError(f"no clip is left of {len(seconds)}: all are shorter than min_seconds={min_seconds}")

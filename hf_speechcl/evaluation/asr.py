@@ -5,6 +5,8 @@ import evaluate
 import jiwer
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -66,20 +68,33 @@ class SpeechErrorRates(evaluate.Metric):
 
 @torch.inference_mode()
 def transcribe(model, processor, corpus: datasets.Dataset, max_seconds_per_batch: float = 60.0) -> list[str | None]:
-    """Greedy CTC transcripts of the rows of a corpus; None for a clip that cannot be decoded, which is logged."""
-    dataset = SpeechDataset(corpus, processor.feature_extractor.sampling_rate, min_seconds=0)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=DurationBatchSampler(dataset.durations, max_seconds_per_batch, shuffle=False),
-        collate_fn=begin_batch,
+    """Greedy CTC transcripts of the rows of a corpus, the work shared by all processes of a launch.
+
+    A clip that cannot be decoded is logged and gets None.
+
+    Raises:
+        ValueError: the processor and the model are for different sampling rates.
+    """
+    state = PartialState()
+    rate = processor.feature_extractor.sampling_rate
+    if rate != getattr(model.config, "sampling_rate", rate):
+        raise ValueError(f"the processor is for {rate} Hz, the model for {model.config.sampling_rate} Hz")
+    dataset = SpeechDataset(corpus, rate, min_seconds=0)
+    sampler = DurationBatchSampler(
+        dataset.durations,
+        max_seconds_per_batch,
+        shuffle=False,
+        rank=state.process_index,
+        world_size=state.num_processes,
     )
-    texts: list[str | None] = [None] * len(dataset)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=begin_batch)
+    texts = []
     model.eval()
-    with tqdm(total=len(dataset), desc="transcribing", unit="clip") as progress:
+    with tqdm(total=len(dataset), desc="transcribing", unit="clip", disable=not state.is_main_process) as progress:
         for clips, batch in loader:
             batch.pop("num_skipped")
             logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
-            for clip, text in zip(clips, processor.batch_decode(logits.argmax(-1))):
-                texts[clip["index"]] = text
-            progress.update(len(clips))
-    return texts
+            texts += zip((clip["index"] for clip in clips), processor.batch_decode(logits.argmax(-1)))
+            progress.update(len(clips) * state.num_processes)
+    texts = dict(gather_object(texts))
+    return [texts.get(index) for index in range(len(dataset))]

@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 from transformers import AutoModelForCTC, AutoProcessor
 
 from ..ctc import normalize_text
@@ -13,6 +13,8 @@ from ..data import load_corpus
 from ..hub import source_name
 from ..training.arguments import option, parse_arguments
 from .asr import SpeechErrorRates, transcribe
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Transcribe a corpus with a CTC model and score the result: word and character error rate, with
 bootstrap 95% intervals.
@@ -30,7 +32,7 @@ class EvaluationArguments:
     text_column: str = option("text", "Column with the transcript.")
     text_normalization: str = option("basic", "Applied to references and transcripts: basic or none.")
     max_seconds_per_batch: float = option(60.0, "Seconds of audio in a batch.")
-    device: str = option("auto", "cpu, cuda, or auto.")
+    device: str = option("auto", "cpu, or auto for the accelerator where there is one.")
     trust_remote_code: bool = option(False, "Run the code that comes with a model from the Hub.")
     output_file: str | None = option(None, "JSON file for the scores and all transcripts.")
 
@@ -39,21 +41,28 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments([EvaluationArguments], DESCRIPTION, argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     normalize_text("", args.text_normalization)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    state = PartialState(cpu=args.device == "cpu")
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    model = AutoModelForCTC.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(device)
+    model = AutoModelForCTC.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(state.device)
 
     corpus = load_corpus(args.corpus, args.split, args.audio_column, args.text_column, require_text=True)
-    clips = []
-    for name, text, hypothesis in zip(
-        corpus["id"], corpus["text"], transcribe(model, processor, corpus, args.max_seconds_per_batch)
-    ):
-        reference = normalize_text(text or "", args.text_normalization)
-        if reference:
-            hypothesis = normalize_text(hypothesis or "", args.text_normalization)
-            clips.append({"id": name, "reference": reference, "hypothesis": hypothesis})
-    if not clips:
+    references = [normalize_text(text or "", args.text_normalization) for text in corpus["text"]]
+    scored = [row for row, reference in enumerate(references) if reference]
+    for row in sorted(set(range(len(corpus))) - set(scored)):
+        logger.warning("skipped %s: no text to score against", corpus[row]["id"])
+    if not scored:
         raise ValueError(f"no clip of {', '.join(args.corpus)} has a text to score against")
+    hypotheses = transcribe(model, processor, corpus.select(scored), args.max_seconds_per_batch)
+    clips = [
+        {
+            "id": corpus[row]["id"],
+            "reference": references[row],
+            "hypothesis": normalize_text(hypothesis or "", args.text_normalization),
+        }
+        for row, hypothesis in zip(scored, hypotheses)
+    ]
+    if not state.is_main_process:
+        return
     rates = SpeechErrorRates().compute(
         predictions=[clip["hypothesis"] for clip in clips], references=[clip["reference"] for clip in clips]
     )

@@ -79,7 +79,12 @@ class BestRQ(Objective):
                 sampling_rate=sampling_rate, hop_length=hop, frame_length=5 * hop // 2, num_mel_bins=num_mel_bins
             )
         )
-        self.mel_per_frame = round(config.inputs_to_logits_ratio / hop)
+        if config.inputs_to_logits_ratio % hop:
+            raise ValueError(
+                f"best_rq stacks log-mel frames of {hop} samples: an encoder frame must be a multiple of it, "
+                f"found {config.inputs_to_logits_ratio} samples"
+            )
+        self.mel_per_frame = config.inputs_to_logits_ratio // hop
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
         self.quantizer = RandomProjectionQuantizer(
             self.mel_per_frame * num_mel_bins, codebook_dim, codebook_size, num_codebooks, seed

@@ -1,6 +1,7 @@
 """Options of the training scripts, as dataclasses, and how they are read."""
 
 import argparse
+import json
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class CorpusArguments:
     )
     audio_column: str = option("audio", "Column with the audio in parquet files and Hub data sets.")
     validation_fraction: float = option(0.05, "Share of clips held out where a source has no validation split.")
+    train_split: str = option("train", "Split to train on; in folders, sub-folders named so (see README).")
+    validation_split: str = option("validation", "Split to validate on, where a source has it.")
     max_seconds_per_batch: float = option(40.0, "Seconds of audio in a batch on one device, padding included.")
 
 
@@ -40,6 +43,11 @@ class PretrainingDataArguments(CorpusArguments):
     min_seconds: float = option(0.4, "Shorter clips are left out.")
     mask_prob: float = option(0.65, "Length of all masked spans together, as a share of the clip; spans may overlap.")
     mask_span: float = option(0.2, "Length of a masked span in seconds.")
+
+    def __post_init__(self):
+        for name in ("max_seconds", "mask_prob", "mask_span", "max_seconds_per_batch"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
 
 
 @dataclass
@@ -105,10 +113,13 @@ def parse_arguments(types: list[type], description: str, argv: list[str] | None 
     argv = sys.argv[1:] if argv is None else argv
     config, _ = _config_parser().parse_known_args(argv)
     if config.config:
-        _read_config(parser, Path(config.config))
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+        argv = _read_config(parser, Path(config.config)) + argv
+    try:
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)} (see --help)")
     return tuple(parsed)
@@ -124,15 +135,24 @@ def _config_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_config(parser: argparse.ArgumentParser, file: Path) -> None:
+def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """The options of a YAML file as they would stand on the command line."""
     if not file.is_file():
         parser.error(f"--config {file}: no such file")
-    values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    known = {action.dest for action in parser._actions}
-    if not isinstance(values, dict) or set(values) - known:
-        wrong = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else "not a mapping"
-        parser.error(f"--config {file}: unknown options: {wrong} (see --help)")
-    parser.set_defaults(**values)
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {file}: not YAML ({error})")
+    if not isinstance(options, dict):
+        parser.error(f"--config {file}: expected OPTION: VALUE lines, found {type(options).__name__}")
+    if unknown := sorted(set(options) - {action.dest for action in parser._actions}):
+        parser.error(f"--config {file}: unknown options: {', '.join(unknown)} (see --help)")
+    argv = []
+    for name, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            argv += [f"--{name}", *map(str, values)]
+    return argv
 
 
 def parse_assignments(assignments: list[str], field: str) -> dict:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from huggingface_hub import EvalResult
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoProcessor, set_seed
+from transformers.utils import cached_file
 
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..ctc import build_processor, normalize_text, preflight
@@ -47,10 +47,10 @@ DESCRIPTION = """Fine-tune a pre-trained SpeechCL encoder with a CTC head on tra
   Your own recordings, a folder with metadata.csv (columns file_name and text):
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --output_dir runs/mine-ctc
   The same model from scratch, for comparison:
-    python scripts/finetune_ctc.py --model tiny --output_dir runs/scratch-ctc --max_steps 1000
+    python scripts/finetune_ctc.py --model runs/demo --from_scratch --output_dir runs/scratch-ctc --max_steps 1000
 
-The output folder loads by pipeline("automatic-speech-recognition", model=FOLDER); preflight.json in it lists the clips
-that were left out and why."""
+The output folder loads by pipeline("automatic-speech-recognition", model=FOLDER); preflight_train.json
+and preflight_validation.json in it list the clips that were left out and why."""
 
 
 @dataclass
@@ -59,6 +59,7 @@ class CTCModelArguments:
 
     model: str = option("tiny", "A pre-trained folder or Hub name; or a size (tiny, small, base, large), from scratch.")
     model_options: list[str] = option([], "Fields of SpeechCLConfig to change, e.g. hidden_dropout=0.1.")
+    from_scratch: bool = option(False, "Take the architecture of the model only, with new weights, for comparison.")
 
 
 @dataclass
@@ -121,7 +122,7 @@ class CTCTrainer(SpeechTrainer):
 
     def summarize(self, sums):
         scalars = super().summarize(sums)
-        if self.hypotheses:
+        if not self.model.training:
             hypotheses = dict(gather_object(self.hypotheses))
             self.hypotheses = []
             rates = SpeechErrorRates().compute(
@@ -153,49 +154,43 @@ class CTCTrainer(SpeechTrainer):
             )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        frozen = frozen_steps(self.args.freeze_encoder_steps, num_training_steps)
-        if frozen and not isinstance(scheduler, LambdaLR):
-            raise ValueError(f"freeze_encoder_steps does not work with lr_scheduler_type={self.args.lr_scheduler_type}")
-        if frozen:
-
-            def thaw(shape):
-                return lambda step: shape(step) if step >= frozen else 0.0
-
-            self.lr_scheduler = LambdaLR(
-                scheduler.optimizer,
-                [
-                    thaw(shape) if group["in_encoder"] else shape
-                    for group, shape in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas)
-                ],
-            )
-        return self.lr_scheduler
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step < frozen_steps(self.args.freeze_encoder_steps, self.state.max_steps):
+            # Dropped after the backward pass, as DistributedDataParallel needs every parameter to take part in it.
+            for parameter in self.model.speechcl.parameters():
+                parameter.grad = None
+        return loss
 
 
-def build_model(model_args: CTCModelArguments, processor) -> SpeechCLForCTC:
-    """A CTC model of a size with new weights, or with a pre-trained encoder, for the vocabulary of a processor."""
+def load_config(model_args: CTCModelArguments) -> SpeechCLConfig:
+    """Configuration of the model that the options name; checked before any audio is read."""
     options = parse_config_options(model_args.model_options, "model_options")
-    options |= {
-        "vocab_size": len(processor.tokenizer),
-        "pad_token_id": processor.tokenizer.pad_token_id,
-        "ctc_loss_reduction": "sum",
-    }
     if model_args.model in SIZES:
-        return SpeechCLForCTC(SpeechCLConfig.from_size(model_args.model, **options))
-    return SpeechCLForCTC.from_pretrained(model_args.model, **options)
-
-
-def load_config(model: str) -> SpeechCLConfig:
-    """Configuration of a model that `--model` names; checked before any audio is read."""
-    if model in SIZES:
-        return SpeechCLConfig.from_size(model)
-    if not Path(model).is_dir() and "/" not in model:
-        raise ValueError(f"model {model!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
-    config = AutoConfig.from_pretrained(model)
+        return SpeechCLConfig.from_size(model_args.model, **options)
+    if not Path(model_args.model).is_dir() and "/" not in model_args.model:
+        raise ValueError(f"model {model_args.model!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
+    config = AutoConfig.from_pretrained(model_args.model, **options)
     if not isinstance(config, SpeechCLConfig):
-        raise ValueError(f"{model} is a {config.model_type} model: expected one that hf_speechcl pre-trained")
+        raise ValueError(
+            f"{model_args.model} is a {config.model_type} model: expected one that hf_speechcl pre-trained"
+        )
     return config
+
+
+def is_from_scratch(model_args: CTCModelArguments) -> bool:
+    return model_args.from_scratch or model_args.model in SIZES
+
+
+def build_model(model_args: CTCModelArguments, config: SpeechCLConfig, processor) -> SpeechCLForCTC:
+    """A CTC model for the vocabulary of a processor, with new weights or with those of a pre-trained encoder."""
+    config.vocab_size = len(processor.tokenizer)
+    config.pad_token_id = processor.tokenizer.pad_token_id
+    config.ctc_loss_reduction = "sum"
+    if is_from_scratch(model_args):
+        config.objectives = None
+        return SpeechCLForCTC(config)
+    return SpeechCLForCTC.from_pretrained(model_args.model, config=config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -205,12 +200,14 @@ def main(argv: list[str] | None = None) -> None:
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     normalize_text("", data_args.text_normalization)
-    config = load_config(model_args.model)
+    config = load_config(model_args)
 
     with args.main_process_first(desc="loading the corpus"):
         corpora = load_train_and_validation(
             data_args.corpus,
             data_args.validation_fraction,
+            data_args.train_split,
+            data_args.validation_split,
             audio_column=data_args.audio_column,
             text_column=data_args.text_column,
             require_text=True,
@@ -219,14 +216,16 @@ def main(argv: list[str] | None = None) -> None:
         [None if text is None else normalize_text(text, data_args.text_normalization) for text in corpus["text"]]
         for corpus in corpora
     ]
-    fine_tuned = (Path(model_args.model) / "vocab.json").is_file()
-    if fine_tuned:
+    is_recognizer = not is_from_scratch(model_args) and cached_file(
+        model_args.model, "vocab.json", _raise_exceptions_for_missing_entries=False
+    )
+    if is_recognizer:
         processor = AutoProcessor.from_pretrained(model_args.model)
     else:
         processor = build_processor([text for text in texts[0] if text], config.sampling_rate)
 
     set_seed(args.seed)
-    model = build_model(model_args, processor)
+    model = build_model(model_args, config, processor)
     frame_length = model._get_feat_extract_output_lengths
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -274,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
 
     plot_curves({"": trainer.state.log_history}, output_dir / CURVES)
     (output_dir / "results.json").write_text(json.dumps(metrics, indent=2))
-    origin = "from scratch" if model_args.model in SIZES else f"from `{source_name(model_args.model)}`"
+    origin = "from scratch" if is_from_scratch(model_args) else f"from `{source_name(model_args.model)}`"
     corpus_name = ", ".join(map(source_name, data_args.corpus))
     write_card(
         output_dir,

@@ -68,7 +68,11 @@ def main(argv: list[str] | None = None) -> None:
 
     with args.main_process_first(desc="loading the corpus"):
         train, validation = load_train_and_validation(
-            data_args.corpus, data_args.validation_fraction, audio_column=data_args.audio_column
+            data_args.corpus,
+            data_args.validation_fraction,
+            data_args.train_split,
+            data_args.validation_split,
+            audio_column=data_args.audio_column,
         )
     datasets = {
         split: SpeechDataset(corpus, config.sampling_rate, args.seed, data_args.max_seconds, data_args.min_seconds)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -37,22 +38,25 @@ class Sums:
     def add(self, outputs: dict[str, ObjectiveOutput], num_skipped: torch.Tensor) -> None:
         self.num_skipped = self.num_skipped + num_skipped.cpu()
         for name, output in outputs.items():
-            loss, metrics = output.loss.detach().double(), output.metrics
+            loss, num_items, metrics = output.loss.detach(), output.num_items, output.metrics
             if name in self.outputs:
                 total = self.outputs[name]
-                loss, num_items = total.loss + loss, total.num_items + output.num_items
+                loss, num_items = total.loss + loss, total.num_items + num_items
                 metrics = {key: total.metrics[key] + value for key, value in metrics.items()}
-            else:
-                num_items = output.num_items
             self.outputs[name] = ObjectiveOutput(loss, num_items, metrics)
 
-    def reduce(self, accelerator) -> None:
-        """Add up over ranks."""
-        if accelerator.num_processes > 1:
-            state = {name: {"loss": o.loss, "items": o.num_items, **o.metrics} for name, o in self.outputs.items()}
-            state = accelerator.reduce(state, reduction="sum")
-            self.outputs = {name: ObjectiveOutput(o.pop("loss"), o.pop("items"), o) for name, o in state.items()}
-            self.num_skipped = accelerator.reduce(self.num_skipped.to(accelerator.device), reduction="sum").cpu()
+    def over_ranks(self) -> "Sums":
+        """Added up over ranks; a rank may have nothing to add."""
+        total = Sums()
+        outputs = {
+            name: ObjectiveOutput(
+                o.loss.cpu(), o.num_items.cpu(), {key: value.cpu() for key, value in o.metrics.items()}
+            )
+            for name, o in self.outputs.items()
+        }
+        for part in gather_object([(outputs, self.num_skipped)]):
+            total.add(*part)
+        return total
 
 
 class SpeechTrainer(Trainer):
@@ -70,6 +74,11 @@ class SpeechTrainer(Trainer):
     eval_dataset: SpeechDataset
 
     def __init__(self, *, max_seconds_per_batch: float, eval_collator=None, **kwargs):
+        if kwargs["args"].n_gpu > 1:
+            logger.warning("one of %d GPUs is used: accelerate launch or torchrun use all", kwargs["args"].n_gpu)
+            kwargs[
+                "args"
+            ]._n_gpu = 1  # or the Trainer would wrap the model in DataParallel, which splits batches by rows
         super().__init__(**kwargs)
         self.max_seconds_per_batch = max_seconds_per_batch
         self.eval_collator = eval_collator or self.data_collator
@@ -103,6 +112,7 @@ class SpeechTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=workers,
+            generator=torch.Generator(),  # or each pass would draw from the generator that dropout draws from
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
@@ -139,7 +149,7 @@ class SpeechTrainer(Trainer):
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(
                     f"the loss is {logs['loss']} at update {self.state.global_step}: lower learning_rate, raise "
-                    "warmup_steps or train in float32; the last checkpoint is unharmed"
+                    "warmup_steps or train in float32, and go on from a checkpoint before that update"
                 )
             sums, self.train_sums = self.train_sums, Sums()
             logs |= self.summarize(sums)
@@ -148,11 +158,11 @@ class SpeechTrainer(Trainer):
 
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Scalars of every objective, over all ranks."""
-        sums.reduce(self.accelerator)
+        sums = sums.over_ranks()
         scalars = {"skipped_clips": int(sums.num_skipped)} if sums.num_skipped else {}
         for name, output in sums.outputs.items():
             num_items = output.num_items.item()
-            scalars[f"{name}/loss"] = output.loss.item() / max(num_items, 1)
+            scalars[f"{name}/loss"] = output.loss.item() / num_items if num_items else math.nan
             scalars |= {
                 f"{name}/{key}": value for key, value in self.summarize_metrics(name, output, num_items).items()
             }
@@ -177,7 +187,7 @@ class SpeechTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scalars = self.summarize(sums)
         weights = self.objective_weights()
-        metrics = {"loss": sum(weights[name] * scalars[f"{name}/loss"] for name in sums.outputs)}
+        metrics = {"loss": sum(weight * scalars.get(f"{name}/loss", math.nan) for name, weight in weights.items())}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in (metrics | scalars).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -218,7 +228,8 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
         FileNotFoundError: the checkpoint asked for is not there or not complete.
         FileExistsError: no resume was asked for, but the folder holds checkpoints of an earlier run.
     """
-    checkpoints = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    checkpoints = [path for path in folders if path.name.rsplit("-", 1)[1].isdecimal() and _is_complete(path)]
     newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
     if resume_from_checkpoint == "last":
         logger.info(

@@ -1,0 +1,98 @@
+"""What a local folder holds: audio files or parquet files, their splits, and the texts in metadata files."""
+
+import csv
+import json
+import logging
+import posixpath
+import re
+from collections import Counter
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {
+    "train": ["train", "training"],
+    "validation": ["validation", "valid", "val", "dev"],
+    "test": ["test", "testing", "eval", "evaluation"],
+}
+SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+
+
+def split_of(name: str) -> str:
+    """The split of a file by its relative path.
+
+    The first folder on the path that bears the name of a split decides; a parquet file is also judged by the
+    beginning of its own name, as in `test-00000-of-00002.parquet`. What bears no such name is train.
+    """
+    *folders, file = name.lower().split("/")
+    if file.endswith(".parquet"):
+        folders.append(re.split(r"[-_.]", file)[0])
+    return next((SPLIT_OF_NAME[folder] for folder in folders if folder in SPLIT_OF_NAME), "train")
+
+
+def parquet_files(path: Path) -> list[str]:
+    """Relative names of the parquet files below a folder that holds no audio files, or the name of one such file."""
+    if path.is_file():
+        return [path.name]
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.parquet"))
+    if files and any(file.suffix.lower() in AUDIO_SUFFIXES for file in path.rglob("*")):
+        logger.warning("%s holds audio files and parquet files: %s is not used", path, ", ".join(files[:3]))
+        return []
+    return files
+
+
+def audio_files(folder: Path, text_column: str = "text", require_text: bool = False) -> dict[str, str | None]:
+    """Relative names of all audio files below a folder, and of all that its metadata name, with their texts.
+
+    Raises:
+        FileNotFoundError: there are none; the message says what there is.
+        ValueError: metadata that cannot be read or lack a column, or `require_text` and no metadata.
+    """
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    texts: dict[str, str | None] = {
+        file.relative_to(folder).as_posix(): None for file in files if file.suffix.lower() in AUDIO_SUFFIXES
+    }
+    metadata = [file for file in files if file.name in METADATA_FILES]
+    for file in metadata:
+        for entry in _read_metadata(file, ["file_name", text_column] if require_text else ["file_name"]):
+            name = posixpath.normpath(posixpath.join(file.parent.relative_to(folder).as_posix(), entry["file_name"]))
+            texts[name] = None if entry.get(text_column) is None else str(entry[text_column])
+    if not texts:
+        suffixes = Counter(file.suffix.lower() or file.name for file in files)
+        found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
+        expected = " ".join(sorted(AUDIO_SUFFIXES))
+        raise FileNotFoundError(f"no audio in {folder}: found {found}; expected {expected} or .parquet")
+    if require_text and not metadata:
+        raise ValueError(
+            f"{folder} has no texts: expected {' or '.join(METADATA_FILES)} in it, with the columns file_name and "
+            f"{text_column}"
+        )
+    return texts
+
+
+def _read_metadata(file: Path, required: list[str]) -> list[dict]:
+    """Rows of a metadata file; a row that lacks something is named by its line."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    entries = []
+    if file.suffix == ".csv":
+        reader = csv.DictReader(text.splitlines(keepends=True))
+        entries = [(reader.line_num, row) for row in reader]
+    else:
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                entries += [(number, json.loads(line))] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+    for number, entry in entries:
+        for column in required:
+            if not isinstance(entry, dict) or column not in entry:
+                found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+                raise ValueError(f"{file}, line {number}: no column {column!r}; it has {found}")
+        if not entry["file_name"]:
+            raise ValueError(f"{file}, line {number}: file_name is empty")
+    return [entry for _, entry in entries]
