@@ -214,8 +214,9 @@ def test_scalars_and_lists_in_a_configuration_file_mean_the_same(tmp_path):
 
 def test_same_model_from_scratch_has_the_architecture_and_none_of_the_weights(road, tmp_path):
     run_script(
-        "finetune_ctc.py", "--model", road["folder"] / "encoder", "--from_scratch", "--output_dir", tmp_path / "scratch",
-        "--max_steps", 1, "--learning_rate", 0, "--head_learning_rate", 0, *FAST_RUN,
+        "finetune_ctc.py", "--model", road["folder"] / "encoder", "--from_scratch",
+        "--output_dir", tmp_path / "scratch", "--seed", 7, "--max_steps", 1, "--learning_rate", 0,
+        "--head_learning_rate", 0, *FAST_RUN,
     )  # fmt: skip
     scratch, tuned = (
         AutoModelForCTC.from_pretrained(folder) for folder in (tmp_path / "scratch", road["folder"] / "ctc")

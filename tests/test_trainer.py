@@ -219,6 +219,11 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
 
 def test_two_processes_score_as_one_does_even_if_one_has_no_batch(tmp_path, audio_folder):
     # Four clips in one batch: the second process has nothing to validate or to transcribe.
+    lines = [
+        "file_name,text",
+        *(f"clip{number}.wav,{text}" for number, text in enumerate(["on", "no", "on no", "oo nn"])),
+    ]
+    (audio_folder / "metadata.csv").write_text("\n".join(lines))
     common = ["--corpus", audio_folder, "--model", "tiny", "--model_options", *TINY_OPTIONS, "--max_steps", 1]
     common += [*FAST_RUN, "--learning_rate", 0, "--head_learning_rate", 0, "--max_seconds_per_batch", 60]
     run_script("finetune_ctc.py", *common, "--output_dir", tmp_path / "one")
