@@ -31,7 +31,8 @@ def main(folder: Path, seconds: float) -> None:
 
     recognizer = pipeline("automatic-speech-recognition", model=str(folder / "recognizer"))
     test = load_corpus("demo", "test")
-    chosen = [row for row in test if 2.5 < row["duration"] < 4][:3]
+    by_text = sorted((row for row in test if 2 < row["duration"] < 4), key=lambda row: row["text"])
+    chosen = [by_text[len(by_text) * sixth // 6] for sixth in (1, 3, 5)]
     texts = recognizer([read_audio(row["audio"], 16000) for row in chosen])
 
     print(f"\nTest split, {len(test)} clips, texts never seen; shares of words and characters, [95% interval]\n")
