@@ -1,5 +1,6 @@
 """What stands beside the weights: the model card and the picture of the curves."""
 
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,18 @@ print(recognizer("speech.wav", return_timestamps="word"))
 `trust_remote_code=True` is not needed after `import hf_speechcl`. Long recordings: add `chunk_length_s=20`."""
 
 
+def describe_chunks(config: SpeechCLConfig) -> str:
+    """One sentence on how long recordings are transcribed in chunks."""
+    if config.sliding_window is None:
+        return "Long recordings: add `chunk_length_s=20`; the text may differ a little where chunks meet."
+    frame = config.inputs_to_logits_ratio / config.sampling_rate
+    stride = math.ceil((config.num_hidden_layers * config.sliding_window + 2) * frame)
+    return (
+        f"Long recordings: add `chunk_length_s={6 * stride}, stride_length_s={stride}`; a frame sees less than "
+        f"{stride} s to either side, so the text is that of the whole recording."
+    )
+
+
 def source_name(source: str) -> str:
     """A corpus as a card may name it: a Hub name as it is, a local path by its last part."""
     return Path(source).name if Path(source).exists() else source
@@ -51,10 +64,12 @@ def data_row(sources: list[str], split: str, corpus: datasets.Dataset) -> dict:
 def describe_model(config: SpeechCLConfig, num_parameters: int) -> str:
     """One paragraph on the architecture."""
     frame = 1000 * config.inputs_to_logits_ratio / config.sampling_rate
+    reach = "all frames" if config.sliding_window is None else f"{config.sliding_window} frames to either side"
     return (
         f"Log-mel ({config.num_mel_bins} bins), convolutional subsampling by {config.subsampling_factor} (a frame each "
         f"{frame:g} ms), pre-norm Transformer with rotary positions: {config.num_hidden_layers} layers of "
-        f"{config.hidden_size}, {config.num_attention_heads} heads; {num_parameters / 1e6:.1f} million parameters."
+        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}; {num_parameters / 1e6:.1f} "
+        "million parameters."
     )
 
 
@@ -131,7 +146,7 @@ def write_card(
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
-        usage=usage.format(name=folder.name),
+        usage=usage.replace("{name}", folder.name),
         curves=CURVES if (folder / CURVES).is_file() else None,
         **sections,
     )

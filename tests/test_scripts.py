@@ -97,6 +97,7 @@ def test_cards_are_complete_and_hold_the_numbers_of_the_run(road):
     result = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
     assert result["wer"] == pytest.approx(results["eval_wer"], abs=1e-4)
     assert "| demo | train | 403 |" in card.text
+    assert "add `chunk_length_s=12, stride_length_s=2`" in card.text  # 2 layers of 16 frames of 40 ms
 
 
 def test_preflight_is_reported_and_written(road):

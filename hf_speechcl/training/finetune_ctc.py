@@ -19,6 +19,7 @@ from ..hub import (
     CURVES,
     USE_CTC,
     data_row,
+    describe_chunks,
     describe_model,
     describe_run,
     metrics_table,
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         title="SpeechCL speech recogniser (CTC)",
         summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of these characters: "
         f"`{' '.join(sorted(processor.tokenizer.get_vocab(), key=processor.tokenizer.get_vocab().get)[3:])}`.",
-        usage=USE_CTC,
+        usage=USE_CTC.replace("{chunks}", describe_chunks(config)),
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
         eval_results=[
