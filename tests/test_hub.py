@@ -9,7 +9,8 @@ import pytest
 from tests.local_hub import FakeHub
 
 LOAD_BY_NAME = """
-from datasets import load_dataset
+import sys
+from huggingface_hub import HfApi
 from hf_speechcl.data.corpora import corpus_splits, load_corpus, load_train_and_validation
 from hf_speechcl.data.demo import load_demo
 
@@ -23,6 +24,13 @@ assert (len(train), len(validation)) == (406, 60)
 other = load_corpus("user/other:clean", audio_column="speech", text_column="sentence")
 assert other.column_names == ["id", "audio", "text", "duration"]
 assert len(other) == 83 and other[0]["audio"]["bytes"] and other[0]["text"]
+HfApi().create_repo("user/files", repo_type="dataset")
+HfApi().upload_folder(repo_id="user/files", repo_type="dataset", folder_path=sys.argv[1])
+assert corpus_splits("user/files") == ["train"]
+files = load_corpus("user/files", require_text=True)
+assert files["text"] == [f"text number {number}" for number in range(4)]
+assert min(files["duration"]) > 0
+
 try:
     load_corpus("user/absent")
 except Exception as error:
@@ -39,7 +47,7 @@ def hub(tmp_path):
     hub.stop()
 
 
-def test_corpus_loads_by_its_name_on_the_hub(hub, tmp_path):
+def test_corpus_loads_by_its_name_on_the_hub(hub, tmp_path, audio_folder):
     env = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -48,5 +56,6 @@ def test_corpus_loads_by_its_name_on_the_hub(hub, tmp_path):
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
     }
-    result = subprocess.run([sys.executable, "-c", LOAD_BY_NAME], capture_output=True, text=True, env=env, cwd=tmp_path)
+    command = [sys.executable, "-c", LOAD_BY_NAME, str(audio_folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
