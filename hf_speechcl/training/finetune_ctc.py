@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import cached_file
 
 from ..configuration_speechcl import SIZES, SpeechCLConfig
-from ..ctc import build_processor, normalize_text, preflight
+from ..ctc import BLANK, UNKNOWN, WORD_DELIMITER, build_processor, normalize_text, preflight
 from ..data import CTCCollator, SpeechDataset
 from ..data.corpora import load_train_and_validation
 from ..evaluation.asr import SpeechErrorRates
@@ -194,6 +194,55 @@ def build_model(model_args: CTCModelArguments, config: SpeechCLConfig, processor
     return SpeechCLForCTC.from_pretrained(model_args.model, config=config)
 
 
+def write_recognizer_card(
+    folder: Path,
+    trainer: CTCTrainer,
+    model_args: CTCModelArguments,
+    data_args: CTCDataArguments,
+    metrics: dict[str, float],
+    runtime_seconds: float,
+) -> None:
+    """Write the model card of a fine-tuned model beside it."""
+    args, config, tokenizer = trainer.args, trainer.model.config, trainer.processing_class.tokenizer
+    origin = "from scratch" if is_from_scratch(model_args) else f"from `{source_name(model_args.model)}`"
+    corpus_name = ", ".join(map(source_name, data_args.corpus))
+    characters = sorted(set(tokenizer.get_vocab()) - {BLANK, UNKNOWN, WORD_DELIMITER})
+    write_card(
+        folder,
+        title="SpeechCL speech recogniser (CTC)",
+        summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of these characters: "
+        f"`{' '.join(characters)}`.",
+        usage=USE_CTC.replace("{chunks}", describe_chunks(config)),
+        tags=["automatic-speech-recognition", "ctc"],
+        pipeline_tag="automatic-speech-recognition",
+        eval_results=[
+            EvalResult(
+                task_type="automatic-speech-recognition",
+                dataset_type=corpus_name,
+                dataset_name=corpus_name,
+                dataset_split="validation",
+                metric_type=name,
+                metric_value=round(metrics[f"eval_{name}"], 4),
+            )
+            for name in ("wer", "cer")
+        ],
+        data=[
+            data_row(data_args.corpus, split, data.corpus)
+            for split, data in [("train", trainer.train_dataset), ("validation", trainer.eval_dataset)]
+        ],
+        sampling_rate=config.sampling_rate,
+        model=describe_model(config, trainer.model.num_parameters()),
+        training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for the "
+        f"first {frozen_steps(args.freeze_encoder_steps, trainer.state.max_steps)} updates; time masks "
+        f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. Text normalisation: "
+        f"{data_args.text_normalization}. "
+        + describe_run(args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step),
+        results="On the validation clips, greedy decoding, shares with bootstrap 95% intervals (`_low`, `_high`):\n\n"
+        + metrics_table(metrics),
+        limits="It knows the language, voices and recording conditions of its data. No language model is used.",
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(
         [CTCModelArguments, CTCDataArguments, CTCTrainingArguments], DESCRIPTION, argv
@@ -274,39 +323,5 @@ def main(argv: list[str] | None = None) -> None:
 
     plot_curves({"": trainer.state.log_history}, output_dir / CURVES)
     (output_dir / "results.json").write_text(json.dumps(metrics, indent=2))
-    origin = "from scratch" if is_from_scratch(model_args) else f"from `{source_name(model_args.model)}`"
-    corpus_name = ", ".join(map(source_name, data_args.corpus))
-    write_card(
-        output_dir,
-        title="SpeechCL speech recogniser (CTC)",
-        summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of these characters: "
-        f"`{' '.join(sorted(processor.tokenizer.get_vocab(), key=processor.tokenizer.get_vocab().get)[3:])}`.",
-        usage=USE_CTC.replace("{chunks}", describe_chunks(config)),
-        tags=["automatic-speech-recognition", "ctc"],
-        pipeline_tag="automatic-speech-recognition",
-        eval_results=[
-            EvalResult(
-                task_type="automatic-speech-recognition",
-                dataset_type=corpus_name,
-                dataset_name=corpus_name,
-                dataset_split="validation",
-                metric_type=name,
-                metric_value=round(metrics[f"eval_{name}"], 4),
-            )
-            for name in ("wer", "cer")
-        ],
-        data=[data_row(data_args.corpus, split, data.corpus) for split, data in zip(("train", "validation"), datasets)],
-        sampling_rate=config.sampling_rate,
-        model=describe_model(config, model.num_parameters()),
-        training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for the "
-        f"first {frozen_steps(args.freeze_encoder_steps, trainer.state.max_steps)} updates; time masks "
-        f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. Text normalisation: "
-        f"{data_args.text_normalization}. "
-        + describe_run(
-            args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step
-        ),
-        results="On the validation clips, greedy decoding, shares with bootstrap 95% intervals (`_low`, `_high`):\n\n"
-        + metrics_table(metrics),
-        limits="It knows the language, voices and recording conditions of its data. No language model is used.",
-    )
+    write_recognizer_card(output_dir, trainer, model_args, data_args, metrics, result.metrics["train_runtime"])
     logger.info("model, processor, card and curves are in %s", output_dir)
