@@ -75,7 +75,7 @@ class SpeechCLLogMel(nn.Module):
             right = length - hop - left + -input_values.shape[-1] % hop
             frames = nn.functional.pad(input_values.float(), (left, right)).unfold(-1, length, hop)
             frames = (frames - frames.mean(-1, keepdim=True)) * window
-            power = torch.fft.rfft(frames, n=self.n_fft).abs().square()
+            power = torch.view_as_real(torch.fft.rfft(frames, n=self.n_fft)).square().sum(-1)
             energies = (power @ filters).clamp_min(self.config.log_mel_floor)
             return (energies.log() - self.config.log_mel_mean) / self.config.log_mel_std
 
