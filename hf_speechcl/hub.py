@@ -35,7 +35,7 @@ recognizer = pipeline("automatic-speech-recognition", model="{name}", trust_remo
 print(recognizer("speech.wav", return_timestamps="word"))
 ```
 
-`trust_remote_code=True` is not needed after `import hf_speechcl`. Long recordings: add `chunk_length_s=20`."""
+`trust_remote_code=True` is not needed after `import hf_speechcl`. {chunks}"""
 
 
 def describe_chunks(config: SpeechCLConfig) -> str:
@@ -68,7 +68,7 @@ def describe_model(config: SpeechCLConfig, num_parameters: int) -> str:
     return (
         f"Log-mel ({config.num_mel_bins} bins), convolutional subsampling by {config.subsampling_factor} (a frame each "
         f"{frame:g} ms), pre-norm Transformer with rotary positions: {config.num_hidden_layers} layers of "
-        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}; {num_parameters / 1e6:.1f} "
+        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}; {num_parameters / 1e6:.3g} "
         "million parameters."
     )
 
