@@ -46,7 +46,8 @@ class SpeechCLConfig(PreTrainedConfig):
         layerdrop: probability that a layer is bypassed in training (Fan et al. 2019, arXiv 1909.11556).
         sliding_window: encoder frames that attention reaches to either side; `None` for all. With a window, what a
             frame sees is bounded by num_hidden_layers * sliding_window frames on either side: a recording transcribed
-            in chunks whose strides are longer gives exactly the text of the whole, and its length does not matter.
+            in chunks whose strides are longer gives exactly the text of the whole (but for its last half frame, which
+            transformers' pipeline may cut), and its length does not matter.
         rope_theta: base of the rotary position frequencies (Su et al. 2021, arXiv 2104.09864).
         objectives: `{name: {"weight": float, option: value, …}}`, what `SpeechCLForPreTraining` trains with. The
             other classes keep it as a record of where the weights come from.

@@ -46,7 +46,8 @@ def describe_chunks(config: SpeechCLConfig) -> str:
     stride = math.ceil((config.num_hidden_layers * config.sliding_window + 2) * frame)
     return (
         f"Long recordings: add `chunk_length_s={6 * stride}, stride_length_s={stride}`; a frame sees less than "
-        f"{stride} s to either side, so the text is that of the whole recording."
+        f"{stride} s to either side, so the text is that of the whole recording (but for its last 20 ms, which the "
+        "pipeline may cut)."
     )
 
 
@@ -77,10 +78,11 @@ def describe_run(args, max_seconds_per_batch: float, runtime_seconds: float, num
     """One paragraph on how a model was trained and on what."""
     batch = max_seconds_per_batch * args.gradient_accumulation_steps * args.world_size
     precision = "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32"
+    since = " since it was last resumed" if args.resume_from_checkpoint else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "accelerate"))
     return (
         f"{num_updates} updates of up to {batch:g} s of audio, AdamW, highest learning rate {args.learning_rate:g}, "
-        f"{precision}, seed {args.seed}; {runtime_seconds / 60:.1f} minutes on {args.world_size} process(es), "
+        f"{precision}, seed {args.seed}; {runtime_seconds / 60:.1f} minutes{since} on {args.world_size} process(es), "
         f"device {args.device.type} ({platform.machine()}). hf_speechcl {__version__}, {packages}."
     )
 
@@ -146,7 +148,7 @@ def write_card(
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
-        usage=usage.replace("{name}", folder.name),
+        usage=usage.replace("{name}", folder.name if folder.is_absolute() else folder.as_posix()),
         curves=CURVES if (folder / CURVES).is_file() else None,
         **sections,
     )

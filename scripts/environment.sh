@@ -15,8 +15,10 @@ installed="$venv/installed-$(cat "$constraints" "$root/pyproject.toml" | sha256s
 
 if [ ! -f "$installed" ]; then
   echo "Setting up $venv (once; one to five minutes) ..."
-  "${PYTHON:-python3}" -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, found {sys.version}" if sys.version_info < (3, 10) else 0)'
+  minor=$([ "$1" = lowest ] && echo 10 || echo 11)  # the pinned transformers and numpy need Python 3.11
+  "${PYTHON:-python3}" -c "import sys; sys.exit('Python 3.$minor or newer is needed, found ' + sys.version if sys.version_info < (3, $minor) else 0)"
   "${PYTHON:-python3}" -m venv "$venv"
+  rm -f "$venv"/installed-*
   # torch first and by its exact version: a range would fetch a newer build with gigabytes of CUDA.
   "$venv/bin/pip" install --quiet --disable-pip-version-check "$(grep '^torch==' "$constraints")"
   "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$root[dev]"

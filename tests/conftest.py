@@ -16,6 +16,7 @@ from hf_speechcl import SpeechCLConfig, load_corpus
 from hf_speechcl.data.audio import read_audio
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = str(ROOT)  # scripts run in processes of their own test this checkout, not an installed one
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -212,6 +212,7 @@ def test_column_that_holds_no_audio_is_named(tmp_path):
         ("metadata.csv", "file_name,text\na.wav,é\n".encode("latin-1"), "metadata.csv is not UTF-8 text"),
         ("metadata.csv", b"path,text\na.wav,x\n", "line 2: no column 'file_name'; it has path, text"),
         ("metadata.jsonl", b'{"file_name": "a.wav"}\n{"text":\n', "metadata.jsonl, line 2: not JSON"),
+        ("metadata.csv", b"file_name,text\na.wav,Hello, world\n", "line 2: more fields than the header has; quote"),
         ("metadata.jsonl", b'["a.wav"]\n', "line 1: no column 'file_name'; it has list"),
     ],
 )

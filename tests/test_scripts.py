@@ -160,7 +160,7 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
     ("script", "arguments", "message"),
     [
         ("pretrain.py", ["--objectives", "bestrq=1"], "unknown objective 'bestrq': expected one of best_rq, wav2vec2"),
-        ("pretrain.py", ["--objectives", "best_rq=-1"], "weight of best_rq must be a positive number"),
+        ("pretrain.py", ["--objectives", "best_rq=nan"], "weight of best_rq must be a positive number"),
         ("pretrain.py", ["--objective_options", "best_rq.size=2"], "has no option size: it takes num_codebooks"),
         ("pretrain.py", ["--objective_options", "wav2vec2.temperature=2"], "with one of best_rq, found wav2vec2"),
         ("pretrain.py", ["--encoder", "huge"], "encoder 'huge': expected tiny, small, base, large, a folder"),
@@ -174,6 +174,8 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
         ("finetune_ctc.py", ["--model", "huge"], "model 'huge': expected tiny, small, base, large, a folder"),
         ("finetune_ctc.py", ["--text_normalization", "upper"], "unknown text normalisation 'upper'"),
         ("finetune_ctc.py", ["--text_column", "words"], "demo has no column 'words'; it has id, audio, text"),
+        ("finetune_ctc.py", ["--mask_feature_span", "100"], "mask_feature_span (100) exceeds the 80 mel bins"),
+        ("finetune_ctc.py", ["--mask_time_prob", "-1"], "mask_time_prob must not be negative"),
         ("evaluate.py", ["--text_normalization", "upper"], "unknown text normalisation 'upper'"),
     ],
 )

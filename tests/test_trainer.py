@@ -14,9 +14,9 @@ from torch import nn
 
 from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForPreTraining, SpeechDataset
 from hf_speechcl.data import CTCCollator, PretrainingCollator
-from hf_speechcl.training.arguments import SpeechTrainingArguments
+from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
 from hf_speechcl.training.finetune_ctc import CTCTrainer, CTCTrainingArguments
-from hf_speechcl.training.trainer import PretrainingTrainer, find_checkpoint
+from hf_speechcl.training.trainer import PretrainingTrainer, find_checkpoint, keep_options
 from tests.conftest import FAST_RUN, ROOT, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, run_script
 
 
@@ -141,6 +141,27 @@ def test_head_and_encoder_have_their_learning_rates_and_the_encoder_waits(corpus
     rates = {group["in_encoder"]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates == {True: 1e-4, False: 1e-2}
     assert not torch.equal(trainer.model.speechcl.norm.weight, before["speechcl.norm.weight"])
+
+
+def test_a_run_that_ends_between_two_log_lines_is_checked_too(corpus, tmp_path):
+    trainer = make_pretraining_trainer(corpus, tmp_path)
+    nn.init.constant_(trainer.model.speechcl.norm.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        trainer.evaluate()
+
+
+def test_a_run_does_not_go_on_under_other_options(tmp_path):
+    def keep(checkpoint, **changes):
+        args = SpeechTrainingArguments(output_dir=str(tmp_path), use_cpu=True, seed=changes.pop("seed", 0))
+        keep_options(args, checkpoint, PretrainingDataArguments(**changes))
+
+    keep(None)
+    keep("checkpoint-1")
+    with pytest.raises(ValueError, match=r"begun with mask_prob=0.65, now 0.3: give the same"):
+        keep("checkpoint-1", mask_prob=0.3)
+    with pytest.raises(ValueError, match=r"seed=0, now 7"):
+        keep("checkpoint-1", seed=7)
+    keep(None, mask_prob=0.3)
 
 
 def test_find_checkpoint(tmp_path):

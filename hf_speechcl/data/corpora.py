@@ -89,7 +89,10 @@ def load_train_and_validation(
             train.append(corpus)
             validation.append(load_corpus(source, validation_split, **columns))
         elif len(corpus) < 2:
-            raise ValueError(f"{source} holds one clip only: training and validation need one each")
+            raise ValueError(
+                f"{source} holds one clip only, and training and validation need one each: cut it in two files, or "
+                "name another source beside it that has a validation split"
+            )
         else:
             hashes = np.array([zlib.crc32(name.encode()) for name in corpus["id"]])
             held_out = hashes < max(validation_fraction * 2**32, hashes.min() + 1)
@@ -138,7 +141,10 @@ def _load_source(source: str, split: str, audio_column: str, text_column: str, r
         dataset = load_dataset("parquet", data_files=files, split="train")
     else:
         name, _, config = source.partition(":")
-        dataset = load_dataset(name, config or None, split=split)
+        try:
+            dataset = load_dataset(name, config or None, split=split)
+        except ConnectionError as error:
+            raise FileNotFoundError(f"no folder {source} here, and the Hub cannot be reached: {error}") from error
     columns = ", ".join(dataset.column_names)
     if audio_column not in dataset.column_names:
         raise ValueError(f"{source} has no column {audio_column!r}; it has {columns}: set audio_column")
@@ -238,6 +244,10 @@ def _local_path(source: str) -> Path | None:
         files = HfApi().list_repo_files(source, repo_type="dataset") if ":" not in source else []
     except OfflineModeIsEnabled:
         files = []
+    except Exception as error:
+        raise FileNotFoundError(
+            f"no folder {source} here, and no such data set to be had from the Hub: {error}"
+        ) from error
     if any(Path(file).suffix.lower() in AUDIO_SUFFIXES for file in files):
         return Path(snapshot_download(source, repo_type="dataset"))
     return None

@@ -89,6 +89,8 @@ def _read_metadata(file: Path, required: list[str]) -> list[dict]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
     for number, entry in entries:
+        if isinstance(entry, dict) and None in entry:
+            raise ValueError(f"{file}, line {number}: more fields than the header has; quote texts that hold commas")
         for column in required:
             if not isinstance(entry, dict) or column not in entry:
                 found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__

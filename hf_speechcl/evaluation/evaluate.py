@@ -43,6 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     normalize_text("", args.text_normalization)
     state = PartialState(cpu=args.device == "cpu")
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if not hasattr(processor, "tokenizer"):
+        raise ValueError(f"{args.model} has no tokenizer: fine-tune it first (scripts/finetune_ctc.py)")
+    if args.output_file:
+        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCTC.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(state.device)
 
     corpus = load_corpus(args.corpus, args.split, args.audio_column, args.text_column, require_text=True)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ class SpeechTrainingArguments(TrainingArguments):
     eval_steps: float | None = option(200, "Updates between two validations.")
     save_steps: float = option(200, "Updates between two checkpoints.")
     save_total_limit: int | None = option(2, "How many checkpoints are kept.")
+    ddp_find_unused_parameters: bool | None = option(False, "Every parameter takes part in every pass: no search.")
     remove_unused_columns: bool = option(False, "Not used: batches are made by our own collators.")
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder to go on from, or 'last' for the newest in output_dir (a new run if there is none)."
@@ -187,7 +189,7 @@ def parse_objectives(objectives: list[str], options: list[str]) -> dict[str, dic
     weights = parse_assignments([text if "=" in text else f"{text}=1.0" for text in objectives], "objectives")
     parsed = {}
     for name, weight in weights.items():
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or weight <= 0:
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < math.inf:
             raise ValueError(f"objectives: the weight of {name} must be a positive number, found {weight!r}")
         parsed[name] = {"weight": float(weight)}
     for key, value in parse_assignments(options, "objective_options").items():

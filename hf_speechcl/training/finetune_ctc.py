@@ -37,7 +37,7 @@ from .arguments import (
     parse_config_options,
     set_up_logging,
 )
-from .trainer import SpeechTrainer, find_checkpoint
+from .trainer import SpeechTrainer, find_checkpoint, keep_options
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,14 @@ class CTCDataArguments(CorpusArguments):
     mask_time_span: float = option(0.2, "Length of a masked time span in seconds.")
     num_feature_masks: int = option(2, "Bands of mel bins that are masked in a clip; 0 for none.")
     mask_feature_span: int = option(20, "Greatest width of a masked band, in mel bins.")
+
+    def __post_init__(self):
+        for name in ("max_seconds", "max_seconds_per_batch", "mask_time_span"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        for name in ("mask_time_prob", "num_feature_masks", "mask_feature_span"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
 
 
 @dataclass
@@ -251,6 +259,11 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     normalize_text("", data_args.text_normalization)
     config = load_config(model_args)
+    if data_args.mask_feature_span > config.num_mel_bins:
+        raise ValueError(
+            f"mask_feature_span ({data_args.mask_feature_span}) exceeds the {config.num_mel_bins} mel bins"
+        )
+    keep_options(args, checkpoint, model_args, data_args)
 
     with args.main_process_first(desc="loading the corpus"):
         corpora = load_train_and_validation(

@@ -20,7 +20,7 @@ from .arguments import (
     parse_objectives,
     set_up_logging,
 )
-from .trainer import PretrainingTrainer, find_checkpoint
+from .trainer import PretrainingTrainer, find_checkpoint, keep_options
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     model = build_model(model_args)
     config = model.config
+    keep_options(args, checkpoint, model_args, data_args)
 
     with args.main_process_first(desc="loading the corpus"):
         train, validation = load_train_and_validation(
@@ -122,7 +123,8 @@ def main(argv: list[str] | None = None) -> None:
         ],
         sampling_rate=config.sampling_rate,
         model=describe_model(config, model.speechcl.num_parameters()),
-        training=f"Objectives: {names}. Masked spans of {data_args.mask_span:g} s, {data_args.mask_prob:g} of a clip. "
+        training=f"Objectives: {names}. Masked spans of {data_args.mask_span:g} s, together {data_args.mask_prob:g} of "
+        "a clip before overlaps. "
         + describe_run(
             args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step
         ),

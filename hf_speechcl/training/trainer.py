@@ -146,15 +146,24 @@ class SpeechTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at update {self.state.global_step}: lower learning_rate, raise "
-                    "warmup_steps or train in float32, and go on from a checkpoint before that update"
-                )
+            self.check_finite(logs["loss"])
             sums, self.train_sums = self.train_sums, Sums()
             logs |= self.summarize(sums)
             logs["audio_hours"] = round((self.state.epoch or 0) * self.train_dataset.hours, 4)
         super().log(logs, start_time)
+
+    def check_finite(self, loss: float) -> None:
+        """Stop a run that has diverged.
+
+        Raises:
+            FloatingPointError: the loss is not finite; says what to do.
+        """
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at update {self.state.global_step}: lower learning_rate, raise warmup_steps or "
+                "train in float32, and go on from a checkpoint before that update; if it is the validation loss, see "
+                "above whether all its clips were skipped"
+            )
 
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Scalars of every objective, over all ranks."""
@@ -190,6 +199,7 @@ class SpeechTrainer(Trainer):
         metrics = {"loss": sum(weight * scalars.get(f"{name}/loss", math.nan) for name, weight in weights.items())}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in (metrics | scalars).items()}
         self.log(metrics)
+        self.check_finite(metrics[f"{metric_key_prefix}_loss"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -248,6 +258,34 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
             "or another --output_dir"
         )
     return None
+
+
+def keep_options(args, checkpoint: str | None, *options) -> None:
+    """Write the options of a new run into its folder; refuse to go on with a run under other options.
+
+    Args:
+        args: training arguments, of which the seeds and the accumulation count.
+        checkpoint: what the run goes on from, None for a new run.
+        options: dataclasses of which every field counts.
+
+    Raises:
+        ValueError: the run was begun with other options; names them.
+    """
+    current = {name: value for group in options for name, value in vars(group).items()}
+    current |= {name: getattr(args, name) for name in ("seed", "data_seed", "gradient_accumulation_steps")}
+    file = Path(args.output_dir) / "options.json"
+    if checkpoint is not None and file.is_file():
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        changed = [
+            f"{name}={begun.get(name)!r}, now {current[name]!r}" for name in current if begun.get(name) != current[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"{args.output_dir} was begun with {'; '.join(changed)}: give the same options to go on with it"
+            )
+    if args.process_index == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(current, indent=1), encoding="utf-8")
 
 
 def _is_complete(checkpoint: Path) -> bool:
