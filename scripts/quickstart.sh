@@ -37,10 +37,14 @@ if ! wait "$scratch"; then
 fi
 
 echo "3/4  Scoring both on the test split"
-for model in recognizer scratch; do
-  "$python" scripts/evaluate.py --device cpu --model "$out/$model" --split test --output_file "$out/$model/test.json" \
-    2> "$out/$model-test.log" || { tail -n 20 "$out/$model-test.log" >&2; exit 1; }
-done
+score() {
+  OMP_NUM_THREADS=1 "$python" scripts/evaluate.py --device cpu --model "$out/$1" --split test \
+    --output_file "$out/$1/test.json" > "$out/$1-test.log" 2>&1 || { tail -n 20 "$out/$1-test.log" >&2; return 1; }
+}
+score scratch &
+scratch=$!
+score recognizer
+wait "$scratch"
 
 echo "4/4  Transcribing"
 "$python" scripts/quickstart_summary.py "$out" "$((SECONDS - started))"
