@@ -14,12 +14,11 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCTC, pipeline
 
+from hf_speechcl.command_line import parse_arguments, parse_assignments
 from hf_speechcl.training.arguments import (
     PretrainingDataArguments,
     PretrainingModelArguments,
     SpeechTrainingArguments,
-    parse_arguments,
-    parse_assignments,
     parse_objectives,
 )
 from hf_speechcl.training.pretrain import build_model

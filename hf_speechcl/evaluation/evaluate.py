@@ -8,10 +8,10 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoModelForCTC, AutoProcessor
 
+from ..command_line import option, parse_arguments
 from ..ctc import normalize_text
 from ..data import load_corpus
 from ..hub import source_name
-from ..training.arguments import option, parse_arguments
 from .asr import SpeechErrorRates, transcribe
 
 logger = logging.getLogger(__name__)

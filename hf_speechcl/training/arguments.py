@@ -1,25 +1,15 @@
-"""Options of the training scripts, as dataclasses, and how they are read."""
+"""Options of the training scripts, as dataclasses."""
 
-import argparse
-import json
 import logging
 import math
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from ..command_line import option, parse_assignments
 from ..configuration_speechcl import SpeechCLConfig
-
-
-def option(default, help: str):
-    """A dataclass field with a help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -96,80 +86,6 @@ class SpeechTrainingArguments(TrainingArguments):
             if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is not used: batches are measured in seconds, set max_seconds_per_batch")
         super().__post_init__()
-
-
-def parse_arguments(types: list[type], description: str, argv: list[str] | None = None) -> tuple:
-    """Read options from the command line, over those of `--config file.yaml`, over the defaults.
-
-    Returns:
-        One instance of each of `types`. A wrong option ends the program with a message that names it.
-    """
-    parser = HfArgumentParser(
-        types,
-        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
-        description=description,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="YAML file with options; the command line overrides it.")
-    argv = sys.argv[1:] if argv is None else argv
-    config, _ = _config_parser().parse_known_args(argv)
-    if config.config:
-        argv = _read_config(parser, Path(config.config)) + argv
-    try:
-        *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    if unknown:
-        parser.error(f"unknown options: {' '.join(unknown)} (see --help)")
-    return tuple(parsed)
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def _config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    return parser
-
-
-def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
-    """The options of a YAML file as they would stand on the command line."""
-    if not file.is_file():
-        parser.error(f"--config {file}: no such file")
-    try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config {file}: not YAML ({error})")
-    if not isinstance(options, dict):
-        parser.error(f"--config {file}: expected OPTION: VALUE lines, found {type(options).__name__}")
-    if unknown := sorted(set(options) - {action.dest for action in parser._actions}):
-        parser.error(f"--config {file}: unknown options: {', '.join(unknown)} (see --help)")
-    argv = []
-    for name, value in options.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            argv += [f"--{name}", *map(str, values)]
-    return argv
-
-
-def parse_assignments(assignments: list[str], field: str) -> dict:
-    """`["a=1", "b.c=x"]` → `{"a": 1, "b.c": "x"}`, values read as YAML."""
-    values = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals or not name:
-            raise ValueError(f"{field}: expected NAME=VALUE, found {assignment!r}")
-        number = yaml.safe_load(value)
-        try:  # YAML takes 1e-3, without a point, for a string
-            values[name] = float(number) if isinstance(number, str) else number
-        except ValueError:
-            values[name] = number
-    return values
 
 
 def parse_config_options(assignments: list[str], field: str) -> dict:

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult
 from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import cached_file
 
+from ..command_line import option, parse_arguments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..ctc import BLANK, UNKNOWN, WORD_DELIMITER, build_processor, normalize_text, preflight
 from ..data import CTCCollator, SpeechDataset
@@ -29,14 +30,7 @@ from ..hub import (
 )
 from ..modeling_speechcl import SpeechCLForCTC
 from ..objectives import ObjectiveOutput
-from .arguments import (
-    CorpusArguments,
-    SpeechTrainingArguments,
-    option,
-    parse_arguments,
-    parse_config_options,
-    set_up_logging,
-)
+from .arguments import CorpusArguments, SpeechTrainingArguments, parse_config_options, set_up_logging
 from .trainer import SpeechTrainer, find_checkpoint, keep_options
 
 logger = logging.getLogger(__name__)

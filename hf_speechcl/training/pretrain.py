@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
+from ..command_line import parse_arguments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data import PretrainingCollator, SpeechDataset
 from ..data.corpora import load_train_and_validation
@@ -15,7 +16,6 @@ from .arguments import (
     PretrainingDataArguments,
     PretrainingModelArguments,
     SpeechTrainingArguments,
-    parse_arguments,
     parse_config_options,
     parse_objectives,
     set_up_logging,
