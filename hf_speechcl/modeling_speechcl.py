@@ -13,7 +13,12 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.audio_utils import mel_filter_bank
-from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput, Wav2Vec2BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -145,7 +150,7 @@ class SpeechCLAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, attention_mask, position_embeddings, **kwargs):
+    def forward(self, hidden_states, attention_mask, position_embeddings, is_causal=False, **kwargs):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # (B, T, H) -> (B, T, N, D) -> (B, N, T, D)
         query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
         key = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
@@ -159,7 +164,8 @@ class SpeechCLAttention(nn.Module):
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=self.config.sliding_window and self.config.sliding_window + 1,
+            sliding_window=self.config.sliding_window and self.config.sliding_window + (not is_causal),
+            is_causal=is_causal,
             **kwargs,
         )
         return self.o_proj(output.reshape(hidden_states.shape)), weights
@@ -248,6 +254,13 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    @property
+    def causal_reach(self) -> int:
+        """Samples from the start of frame t to the end of what its log-mel and convolution windows cover."""
+        config = self.config
+        left = (config.frame_length - config.hop_length) // 2
+        return (config.subsampling_factor - 1) * config.hop_length + config.frame_length - left
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -256,6 +269,8 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         mask_time_indices: torch.Tensor | None = None,
         mask_feature_indices: torch.Tensor | None = None,
+        log_mel_noise: torch.Tensor | None = None,
+        causal: bool = False,
         **kwargs,
     ) -> Wav2Vec2BaseModelOutput:
         """Encode waveforms.
@@ -265,6 +280,9 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             attention_mask: (B, S), 1 on samples and 0 on padding at the end; `None` if nothing is padded.
             mask_time_indices: (B, T) bool, encoder frames to replace by the learned mask vector.
             mask_feature_indices: (B, num_mel_bins) bool, mel bins to replace by their mean.
+            log_mel_noise: (B, F, num_mel_bins) float, added to the normalised log-mel frames.
+            causal: attention reaches to earlier frames only: frame t sees nothing beyond the waveform that its own
+                log-mel and convolution windows cover, `causal_reach` samples from its start.
 
         Returns:
             `last_hidden_state` (B, T, hidden_size) and `extract_features` (B, T, conv_dim), the latter taken before
@@ -284,6 +302,8 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         log_mel = self.log_mel(input_values)
         if mask_feature_indices is not None:
             log_mel = log_mel.masked_fill(mask_feature_indices[:, None].to(torch.bool), 0.0)
+        if log_mel_noise is not None:
+            log_mel = log_mel + log_mel_noise
         mel_lengths = None if frame_lengths is None else -(-sample_lengths // self.config.hop_length)
         extract_features = self.feature_norm(self.subsampling(log_mel, mel_lengths))
         hidden_states = self.feature_dropout(self.feature_projection(extract_features))
@@ -292,10 +312,16 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             hidden_states = torch.where(mask, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
 
         position_embeddings = rotary_embeddings(self.config, hidden_states)
-        create_mask = (
-            create_bidirectional_sliding_window_mask if self.config.sliding_window else create_bidirectional_mask
-        )
-        attention_mask = create_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        mask_options = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
+        if causal:
+            create_mask = create_sliding_window_causal_mask if self.config.sliding_window else create_causal_mask
+            attention_mask = create_mask(**mask_options, past_key_values=None, allow_is_causal_skip=False)
+            kwargs["is_causal"] = True
+        else:
+            create_mask = (
+                create_bidirectional_sliding_window_mask if self.config.sliding_window else create_bidirectional_mask
+            )
+            attention_mask = create_mask(**mask_options)
         for layer in self.layers:
             output = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
             if self.training and self.config.layerdrop > 0:

@@ -9,19 +9,23 @@ from transformers.utils import ModelOutput
 
 from .configuration_speechcl import SpeechCLConfig
 from .modeling_speechcl import SpeechCLModel, SpeechCLPreTrainedModel
-from .objectives import OBJECTIVES, Objective, ObjectiveOutput
+from .objectives import OBJECTIVES, Objective, ObjectiveOutput, UtteranceObjective
+
+MAY_BE_ZERO = ("seed", "_weight", "_prob", "_band")
 
 
 @dataclass
 class SpeechCLForPreTrainingOutput(ModelOutput):
     """
     Attributes:
-        loss: weighted sum of the objectives' mean losses over this batch.
+        loss: weighted sum of the objectives' mean losses over this batch; None without `compare`.
         objectives: the sums and counts of each objective, by name.
+        embedded: without `compare`, what the objectives that compare clips made of the batch, by name.
     """
 
     loss: torch.Tensor | None = None
     objectives: dict[str, ObjectiveOutput] | None = None
+    embedded: dict[str, dict[str, torch.Tensor]] | None = None
 
 
 def objective_options(name: str) -> dict[str, inspect.Parameter]:
@@ -48,12 +52,12 @@ def build_objective(name: str, config, options: dict) -> Objective:
 
 
 def _check_option(name: str, value, default) -> None:
-    """Options are of the type of their defaults; numbers are positive, but for seeds and weights of loss terms."""
+    """Options are of the type of their defaults; numbers are positive, but for those of which 0 means none."""
     is_number = isinstance(default, int | float) and not isinstance(default, bool)
     kind = (int | float) if isinstance(default, float) else type(default)
     if not isinstance(value, kind) or (is_number and isinstance(value, bool)):
         raise ValueError(f"{name} must be like its default {default!r}, found {value!r}")
-    if is_number and (value < 0 or (value == 0 and not name.endswith(("seed", "_weight")))):
+    if is_number and (value < 0 or (value == 0 and not name.endswith(MAY_BE_ZERO))):
         raise ValueError(f"{name} must be positive, found {value!r}")
 
 
@@ -87,6 +91,9 @@ class SpeechCLForPreTraining(SpeechCLPreTrainedModel):
         self.objectives = nn.ModuleDict(
             {name: build_objective(name, config, options) for name, options in config.objectives.items()}
         )
+        # DistributedDataParallel waits for the gradient of every weight that is trained.
+        uses_mask = any(objective.uses_mask for objective in self.objectives.values())
+        self.speechcl.masked_spec_embed.requires_grad_(uses_mask)
         self.post_init()
 
     @torch.no_grad()
@@ -100,19 +107,59 @@ class SpeechCLForPreTraining(SpeechCLPreTrainedModel):
         """Weight of each objective in the loss."""
         return {name: options.get("weight", 1.0) for name, options in self.config.objectives.items()}
 
+    @property
+    def comparing(self) -> dict[str, UtteranceObjective]:
+        """The objectives that compare clips with each other."""
+        return {name: value for name, value in self.objectives.items() if isinstance(value, UtteranceObjective)}
+
+    def collator_options(self) -> dict[str, int | float]:
+        """Fields that a `PretrainingCollator` must have for the batches to serve every objective."""
+        options: dict[str, int | float] = {}
+        for objective in self.objectives.values():
+            for name, value in objective.collator_options().items():
+                options[name] = max(value, options.get(name, value))
+        return options
+
     def count_items(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Items of each objective in the batch, known before the forward pass."""
-        return {name: objective.count_items(batch) for name, objective in self.objectives.items()}
+        """Items of each objective in the batch, known before the forward pass; without those that compare clips."""
+        return {
+            name: objective.count_items(batch)
+            for name, objective in self.objectives.items()
+            if name not in self.comparing
+        }
 
     def set_progress(self, progress: float) -> None:
         """Tell the objectives which share of the run is done, from 0 to 1."""
         for objective in self.objectives.values():
             objective.set_progress(progress)
 
-    def forward(self, input_values: torch.Tensor, **batch) -> SpeechCLForPreTrainingOutput:
-        """Run every objective on a batch of a `PretrainingCollator`, which describes its keys."""
+    def after_update(self) -> None:
+        """Tell the objectives that the weights were updated."""
+        for objective in self.objectives.values():
+            objective.after_update(self.speechcl)
+
+    def embed(self, batch: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """What each objective that compares clips makes of the views of a batch, by name."""
+        encoder = EncodeOnce(self.speechcl)
+        return {name: objective.embed(encoder, batch) for name, objective in self.comparing.items()}
+
+    def forward(self, input_values: torch.Tensor, compare: bool = True, **batch) -> SpeechCLForPreTrainingOutput:
+        """Run every objective on a batch of a `PretrainingCollator`, which describes its keys.
+
+        Args:
+            input_values: (B, S), with the other keys of the batch.
+            compare: compare the clips of this batch with each other. Without, the caller gets their embeddings, to
+                compare them with those of other batches and ranks too.
+        """
         batch["input_values"] = input_values
         encoder = EncodeOnce(self.speechcl)
-        outputs = {name: objective(encoder, batch) for name, objective in self.objectives.items()}
+        # First of all, so that dropout draws for the embeddings what it draws in `embed`.
+        embedded = {name: objective.embed(encoder, batch) for name, objective in self.comparing.items()}
+        outputs = {
+            name: objective(encoder, batch) for name, objective in self.objectives.items() if name not in embedded
+        }
+        if not compare:
+            return SpeechCLForPreTrainingOutput(objectives=outputs, embedded=embedded)
+        outputs |= {name: self.objectives[name].compare(parts) for name, parts in embedded.items()}
         loss = sum(self.weights[name] * output.loss / output.num_items.clamp_min(1) for name, output in outputs.items())
         return SpeechCLForPreTrainingOutput(loss=loss, objectives=outputs)

@@ -96,3 +96,11 @@ def perplexity(histogram: torch.Tensor) -> torch.Tensor:
     """Effective number of codes in use, exp(entropy), of counts or probabilities (..., V)."""
     probabilities = histogram / histogram.sum(-1, keepdim=True).clamp_min(1e-12)
     return torch.exp(torch.special.entr(probabilities).sum(-1))
+
+
+def code_usage(histogram: torch.Tensor) -> dict[str, float]:
+    """Perplexity and number of codes in use, of counts (G, V), averaged over codebooks."""
+    return {
+        "code_perplexity": perplexity(histogram.float()).mean().item(),
+        "codes_used": (histogram > 0).sum(-1).float().mean().item(),
+    }

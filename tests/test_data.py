@@ -317,7 +317,7 @@ def test_metadata_without_its_column_names_those_it_has(audio_folder):
 
 def test_folder_without_texts_is_refused_when_texts_are_needed(tmp_path, clips):
     soundfile.write(tmp_path / "a.wav", clips[0], 16000)
-    with pytest.raises(ValueError, match="has no texts: expected metadata.csv"):
+    with pytest.raises(ValueError, match="has no text: expected metadata.csv"):
         load_corpus(str(tmp_path), require_text=True)
 
 

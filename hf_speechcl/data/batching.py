@@ -1,4 +1,4 @@
-"""Batches of clips of similar duration, filled to a number of seconds."""
+"""Batches of clips: of similar duration, filled to a number of seconds; or of several clips of each of some labels."""
 
 from collections.abc import Iterator
 
@@ -16,6 +16,7 @@ class DurationBatchSampler(Sampler):
     Args:
         durations: (N,) seconds of every clip.
         max_seconds: limit of a batch, padding included. A clip that is longer makes a batch of its own.
+        max_clips: limit of a batch in clips.
         seed: of the order.
         shuffle: whether to shuffle; without, the batches run from long clips to short ones.
         rank, world_size: every rank gets each world_size-th batch. In training the first batches are repeated to give
@@ -36,6 +37,7 @@ class DurationBatchSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
         tolerance: float = 0.1,
+        max_clips: int | None = None,
     ):
         if len(durations) == 0:
             raise ValueError("no clips to make batches of")
@@ -44,18 +46,20 @@ class DurationBatchSampler(Sampler):
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
         self.epoch = 0
         self.drop_last = False
-        self.buckets = self._make_buckets(np.asarray(durations, dtype=np.float64), max_seconds, tolerance)
+        self.buckets = self._make_buckets(
+            np.asarray(durations, dtype=np.float64), max_seconds, tolerance, max_clips or len(durations)
+        )
         self.num_batches = sum(-(-len(bucket) // capacity) for bucket, capacity in self.buckets)
 
     @staticmethod
-    def _make_buckets(durations, max_seconds, tolerance) -> list[tuple[np.ndarray, int]]:
+    def _make_buckets(durations, max_seconds, tolerance, max_clips) -> list[tuple[np.ndarray, int]]:
         """(indices, clips per batch) of every bucket, from the longest clips down."""
         order = np.argsort(-durations, kind="stable")
         descending = durations[order]
         buckets, start = [], 0
         while start < len(order):
             longest = descending[start]
-            capacity = max(1, int(max_seconds / longest))
+            capacity = max(1, min(int(max_seconds / longest), max_clips))
             similar = np.searchsorted(-descending, -longest * (1 - tolerance), side="right") - start
             size = max(similar // capacity, 1) * capacity
             buckets.append((order[start : start + size], capacity))
@@ -81,3 +85,64 @@ class DurationBatchSampler(Sampler):
             order = np.resize(order, len(self) * self.world_size)
         for position in order[self.rank :: self.world_size]:
             yield [(self.epoch, int(index)) for index in batches[position]]
+
+
+class LabelBatchSampler(Sampler):
+    """Batches of several clips of each of several labels, for objectives that compare clips by label.
+
+    Every label is drawn equally often, however many clips it has; its clips are taken in turn, shuffled anew when all
+    were used. An epoch has as many batches as hold the number of clips there are, the same in every epoch.
+
+    Args:
+        labels: (N,) of every clip.
+        clips_per_batch: clips of a batch; at least two labels are in it.
+        clips_per_label: clips of each label, with repetition where a label has fewer.
+        seed: of the order, which is a function of (seed, epoch).
+        rank, world_size: every rank gets each world_size-th batch.
+
+    Yields:
+        Lists of keys (epoch, index) for `SpeechDataset`.
+
+    Source: Hermans et al. 2017, arXiv 1703.07737, section 2 (batches of P classes with K examples).
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        clips_per_batch: int,
+        clips_per_label: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        if len(self.members) < 2:
+            raise ValueError("all clips have the same label: there is nothing to compare them by")
+        self.labels_per_batch = min(max(2, clips_per_batch // clips_per_label), len(self.members))
+        self.clips_per_label, self.seed, self.rank, self.world_size = clips_per_label, seed, rank, world_size
+        self.epoch = 0
+        self.drop_last = False
+        self.num_batches = -(-len(labels) // (self.labels_per_batch * clips_per_label * world_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        clips = [_forever(members, rng.spawn(1)[0]) for members in self.members]
+        labels = np.empty(0, dtype=int)
+        for batch in range(self.num_batches * self.world_size):
+            if len(labels) < self.labels_per_batch:  # the labels that are left come first, no label twice
+                labels = np.concatenate([labels, rng.permutation(np.setdiff1d(np.arange(len(clips)), labels))])
+            chosen, labels = labels[: self.labels_per_batch], labels[self.labels_per_batch :]
+            indices = [int(next(clips[label])) for label in chosen for _ in range(self.clips_per_label)]
+            if batch % self.world_size == self.rank:
+                yield [(self.epoch, index) for index in indices]
+
+
+def _forever(members: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(members)

@@ -13,6 +13,8 @@ import torch
 
 from .masking import draw_negatives, span_mask
 
+VIEW_SHARE = (0.6, 1.0)
+
 
 def pad_waveforms(clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
     """`input_values` (B, S), padded with zeros at the end, and `attention_mask` (B, S) int64 where lengths differ."""
@@ -57,24 +59,73 @@ def draw_masks(
     return stack_rows(masks or [np.zeros(0, dtype=bool)], num_frames, False), [mask.sum() for mask in masks]
 
 
+def join_negatives(counts: list[int], num_negatives: int, rngs: list[np.random.Generator]) -> torch.Tensor:
+    """Negatives of every clip's counted frames, as positions among those of the whole batch: (sum of counts, K)."""
+    offsets = np.cumsum([0, *counts])
+    negatives = [
+        draw_negatives(count, num_negatives, rng) + offset for count, offset, rng in zip(counts, offsets, rngs)
+    ]
+    return torch.from_numpy(np.concatenate([np.zeros((0, num_negatives), dtype=np.int64), *negatives]))
+
+
+def draw_bands(
+    rngs: list[np.random.Generator], batch: dict[str, torch.Tensor], num_mel_bins: int, num_bands: int, max_band: int
+) -> torch.Tensor:
+    """Bands of 0 to max_band mel bins, num_bands for every clip: (B, num_mel_bins) bool (Park et al. 2019,
+    arXiv 1904.08779)."""
+    bands = np.zeros((len(batch["input_values"]), num_mel_bins), dtype=bool)
+    for row, rng in zip(bands, rngs):
+        for width in rng.integers(max_band + 1, size=num_bands):
+            start = rng.integers(num_mel_bins - width + 1)
+            row[start : start + width] = True
+    return torch.from_numpy(bands)
+
+
 @dataclass
 class PretrainingCollator:
     """Batches for `SpeechCLForPreTraining`.
 
-    Adds `mask_time_indices` (B, T) bool, and with `num_negatives` > 0 `negative_indices` (M, num_negatives): for each
-    of the batch's M masked frames, in row-major order, the positions among those M of its negatives, which are of the
-    same clip.
+    Adds `mask_time_indices` (B, T) bool and `frame_counts` (B,), the encoder frames of every clip; on request
+
+    - `negative_indices` (M, num_negatives): for each of the batch's M masked frames, in row-major order, the positions
+      among those M of its negatives, which are of the same clip;
+    - `frame_negative_indices` (F, num_frame_negatives): the same among all F frames of the batch's clips;
+    - `clean_values` (B, S), where `input_values` are corrupted;
+    - `view_values` (B * num_views, S'), `view_attention_mask`, `clip_labels` (B,) and `clip_keys` (B,), see
+      `UtteranceObjective`. A view is a crop of its clip, of 60 to 100% of it and no longer than max_view_samples;
+    - `mask_feature_indices` (B, num_mel_bins) bool, a band of mel bins, and `log_mel_noise` (B, F, num_mel_bins).
+
+    What is drawn for a clip depends on its seed alone.
 
     Args:
         frame_length: encoder frames of a number of samples (`_get_feat_extract_output_lengths`).
         mask_prob, mask_span: see `span_mask`; the span is in encoder frames.
-        num_negatives: negatives for a masked frame.
+        num_negatives, num_frame_negatives: negatives for a masked frame, for any frame.
+        corrupt_input: corrupt the input; targets are made of the clean one.
+        corruption: what corrupts it, (waveform, generator) → waveform of the same length.
+        num_views: views of each clip.
+        max_view_samples: samples of a view, at most.
+        view_augmentation: what is done to a view, (waveform, generator) → waveform of any length.
+        max_band: widest band of mel bins, of num_mel_bins, that is blanked in a clip.
+        log_mel_noise_prob, log_mel_noise_std: share of clips with noise on their log-mel frames, one each hop_length
+            samples, and its standard deviation.
     """
 
     frame_length: Callable[[int], int]
     mask_prob: float = 0.65
     mask_span: int = 5
     num_negatives: int = 0
+    num_frame_negatives: int = 0
+    corrupt_input: bool = False
+    corruption: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
+    num_views: int = 0
+    max_view_samples: int = 48000
+    view_augmentation: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
+    max_band: int = 0
+    log_mel_noise_prob: float = 0.0
+    log_mel_noise_std: float = 0.0
+    num_mel_bins: int = 80
+    hop_length: int = 160
 
     def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
         usable, batch = begin_batch(clips)
@@ -82,16 +133,49 @@ class PretrainingCollator:
         batch["mask_time_indices"], counts = draw_masks(
             usable, rngs, batch, self.frame_length, self.mask_prob, self.mask_span
         )
+        lengths = [self.frame_length(len(clip["input_values"])) for clip in usable]
+        batch["frame_counts"] = torch.tensor(lengths or [0])
         if self.num_negatives:
-            offsets = np.cumsum([0, *counts])
-            negatives = [
-                draw_negatives(count, self.num_negatives, rng) + offset
-                for count, offset, rng in zip(counts, offsets, rngs)
-            ]
-            batch["negative_indices"] = torch.from_numpy(
-                np.concatenate([np.zeros((0, self.num_negatives), dtype=np.int64), *negatives])
-            )
+            batch["negative_indices"] = join_negatives(counts, self.num_negatives, rngs)
+        if self.num_frame_negatives:
+            batch["frame_negative_indices"] = join_negatives(lengths, self.num_frame_negatives, rngs)
+        if self.num_views:
+            self._add_views(usable, rngs, batch)
+        if self.max_band:
+            batch["mask_feature_indices"] = draw_bands(rngs, batch, self.num_mel_bins, 1, self.max_band)
+        if self.log_mel_noise_prob:
+            self._add_log_mel_noise(usable, rngs, batch)
+        if self.corrupt_input and usable:
+            batch["clean_values"] = batch["input_values"]
+            corrupted = [self.corruption(clip["input_values"], rng) for clip, rng in zip(usable, rngs)]
+            batch["input_values"] = pad_waveforms(corrupted)["input_values"]
         return batch
+
+    def _add_views(self, usable: list[dict], rngs: list[np.random.Generator], batch: dict[str, torch.Tensor]) -> None:
+        views = [
+            self._view(clip["input_values"], rng) for clip, rng in zip(usable, rngs) for _ in range(self.num_views)
+        ]
+        padded = pad_waveforms(views or [np.zeros(1600, dtype=np.float32)])
+        batch |= {f"view_{name.removeprefix('input_')}": values for name, values in padded.items()}
+        batch["clip_labels"] = torch.tensor([clip["label"] for clip in usable], dtype=torch.long)
+        batch["clip_keys"] = torch.tensor([rng.integers(2**62) for rng in rngs], dtype=torch.long)
+
+    def _view(self, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        length = max(1, int(min(len(clip), self.max_view_samples) * rng.uniform(*VIEW_SHARE)))
+        start = rng.integers(len(clip) - length + 1)
+        view = clip[start : start + length]
+        return view if self.view_augmentation is None else self.view_augmentation(view, rng)
+
+    def _add_log_mel_noise(
+        self, usable: list[dict], rngs: list[np.random.Generator], batch: dict[str, torch.Tensor]
+    ) -> None:
+        num_frames = -(-batch["input_values"].shape[1] // self.hop_length)
+        noise = np.zeros((len(batch["input_values"]), num_frames, self.num_mel_bins), dtype=np.float32)
+        for row, rng, clip in zip(noise, rngs, usable):
+            if rng.random() < self.log_mel_noise_prob:
+                own = row[: -(-len(clip["input_values"]) // self.hop_length)]
+                own[:] = self.log_mel_noise_std * rng.standard_normal(own.shape, dtype=np.float32)
+        batch["log_mel_noise"] = torch.from_numpy(noise)
 
 
 @dataclass
@@ -128,10 +212,7 @@ class CTCCollator:
                 usable, rngs, batch, self.frame_length, self.mask_time_prob, self.mask_time_span
             )
         if self.num_feature_masks:
-            bands = np.zeros((len(batch["input_values"]), self.num_mel_bins), dtype=bool)
-            for row, rng in zip(bands, rngs):
-                for width in rng.integers(self.mask_feature_span + 1, size=self.num_feature_masks):
-                    start = rng.integers(self.num_mel_bins - width + 1)
-                    row[start : start + width] = True
-            batch["mask_feature_indices"] = torch.from_numpy(bands)
+            batch["mask_feature_indices"] = draw_bands(
+                rngs, batch, self.num_mel_bins, self.num_feature_masks, self.mask_feature_span
+            )
         return batch

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.compute
-from datasets import Audio, Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Audio, ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm.auto import tqdm
@@ -29,6 +29,7 @@ def load_corpus(
     audio_column: str = "audio",
     text_column: str = "text",
     require_text: bool = False,
+    label_column: str | None = None,
 ) -> Dataset:
     """Load one or several sources as rows `{"id", "audio": {"bytes", "path"}, "text", "duration"}`.
 
@@ -43,9 +44,11 @@ def load_corpus(
             files whose names begin so, are splits; what is in none of them is train.
         audio_column, text_column: the columns of parquet files, metadata and Hub data sets.
         require_text: fail if a source has no text column.
+        label_column: a column with the class of every clip (speaker, keyword, language), which comes as column label.
 
     Returns:
-        `datasets.Dataset` with the columns id, audio, text (None where there is none) and duration (seconds).
+        `datasets.Dataset` with the columns id, audio, text (None where there is none), duration (seconds) and, if asked
+        for, label (string, None where there is none).
 
     Raises:
         FileNotFoundError: no such file or folder, or no audio in it.
@@ -54,7 +57,7 @@ def load_corpus(
     sources = [sources] if isinstance(sources, str) else list(sources)
     parts = []
     for source in sources:
-        rows = _load_source(source, split, audio_column, text_column, require_text)
+        rows = _load_source(source, split, audio_column, text_column, require_text, label_column)
         parts.append(_measure(_with_unique_ids(rows), source))
         logger.info("%s, split %s: %d clips", source, split, len(parts[-1]))
     corpus = concatenate_datasets(parts)
@@ -116,18 +119,24 @@ def corpus_splits(source: str) -> list[str]:
     return sorted({split_of(name) for name in parquet_files(path) or audio_files(path)})
 
 
-def _load_source(source: str, split: str, audio_column: str, text_column: str, require_text: bool) -> Dataset:
-    """Rows of one source: id, audio, text and, where it is known already, duration."""
+def _load_source(
+    source: str, split: str, audio_column: str, text_column: str, require_text: bool, label_column: str | None
+) -> Dataset:
+    """Rows of one source: id, audio, text, label if asked for, and duration where it is known already."""
     path = None if source == "demo" else _local_path(source)
     if path is not None and not parquet_files(path):
-        texts = audio_files(path, text_column, require_text)
-        names = _of_split(list(texts), split, source)
+        labels = () if label_column is None else (label_column,)
+        values = audio_files(path, (text_column, *labels), ((text_column,) if require_text else ()) + labels)
+        names = _of_split(list(values), split, source)
         table = {
             "id": names,
             "audio": [{"bytes": None, "path": str(path / name)} for name in names],
-            "text": [texts[name] for name in names],
+            "text": [values[name][text_column] for name in names],
         }
         features = Features({"id": Value("string"), "audio": AUDIO, "text": Value("string")})
+        if label_column is not None:
+            table["label"] = [values[name][label_column] for name in names]
+            features["label"] = Value("string")
         return Dataset.from_dict(table, features=features).cast_column("audio", Audio(decode=False))
 
     if source == "demo":
@@ -150,15 +159,17 @@ def _load_source(source: str, split: str, audio_column: str, text_column: str, r
         raise ValueError(f"{source} has no column {audio_column!r}; it has {columns}: set audio_column")
     if require_text and text_column not in dataset.column_names:
         raise ValueError(f"{source} has no column {text_column!r}; it has {columns}: set text_column")
+    if label_column is not None and label_column not in dataset.column_names:
+        raise ValueError(f"{source} has no column {label_column!r}; it has {columns}: set label_column")
     feature = dataset.features[audio_column]
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
     if not is_struct and not isinstance(feature, Audio):
         raise ValueError(f"{source}: the column {audio_column!r} holds {feature}, expected audio (bytes and path)")
-    return _standard_columns(dataset, audio_column, text_column)
+    return _standard_columns(dataset, audio_column, text_column, label_column)
 
 
-def _standard_columns(dataset: Dataset, audio_column: str, text_column: str) -> Dataset:
-    """The columns id, audio, text and, if it is there, duration; audio stays where it is and is not decoded."""
+def _standard_columns(dataset: Dataset, audio_column: str, text_column: str, label_column: str | None) -> Dataset:
+    """The columns id, audio, text, label if asked for, and duration if there is one; audio is not decoded."""
     dataset = dataset.cast_column(audio_column, Audio(decode=False))
     columns = dataset.column_names
     paths = pyarrow.compute.struct_field(dataset.data.column(audio_column), "path").to_pylist()
@@ -171,6 +182,12 @@ def _standard_columns(dataset: Dataset, audio_column: str, text_column: str) -> 
         rows = rows.rename_column(audio_column, "audio")
     rows = rows.add_column("id", [str(name or number) for number, name in enumerate(names)], feature=Value("string"))
     rows = rows.add_column("text", texts, feature=Value("string"))
+    if label_column is not None:
+        labels = dataset[label_column]
+        if isinstance(dataset.features[label_column], ClassLabel):
+            labels = dataset.features[label_column].int2str(labels[:])
+        labels = [None if label is None else str(label) for label in labels]
+        rows = rows.add_column("label", labels, feature=Value("string"))
     if seconds is not None:
         rows = rows.add_column("duration", seconds, feature=Value("float64"))
     return rows
@@ -228,7 +245,8 @@ def _measure(rows: Dataset, source: str) -> Dataset:
         for number in sorted(problems):
             logger.warning("skipped %s: %s", rows[number]["id"], problems[number])
         rows = rows.select([number for number in range(len(rows)) if number not in problems])
-    return rows.select_columns(["id", "audio", "text", "duration"])
+    wanted = ["id", "audio", "text", "label", "duration"]
+    return rows.select_columns([column for column in wanted if column in rows.column_names])
 
 
 def _local_path(source: str) -> Path | None:

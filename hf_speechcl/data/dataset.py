@@ -23,10 +23,12 @@ class SpeechDataset(Dataset):
 
     Attributes:
         durations: (N,) seconds of every clip.
+        labels: (N,) class of every clip, by the corpus' column label; a clip without one is a class of its own.
+        has_labels: whether the corpus has that column.
 
-    `dataset[epoch, index]` is `{"index", "seed": (seed, epoch, index), "input_values": (S,) float32}`. What is drawn
-    for a clip depends on its seed alone, not on the batch it is in. A clip that cannot be decoded, or holds only zeros,
-    is logged by name and comes with `input_values` None, for the collator to count and leave out.
+    `dataset[epoch, index]` is `{"index", "label", "seed": (seed, epoch, index), "input_values": (S,) float32}`. What is
+    drawn for a clip depends on its seed alone, not on the batch it is in. A clip that cannot be decoded, or holds only
+    zeros, is logged by name and comes with `input_values` None, for the collator to count and leave out.
     """
 
     def __init__(
@@ -56,6 +58,12 @@ class SpeechDataset(Dataset):
         self.durations = np.repeat(seconds / np.maximum(parts, 1), parts)
         self.starts = self.durations * np.concatenate([np.arange(count) for count in parts])
         self.whole = np.repeat(parts == 1, parts)
+        self.labels = np.arange(len(self.rows))
+        self.has_labels = "label" in corpus.column_names
+        if self.has_labels:
+            names = np.array(["" if name is None else name for name in corpus["label"]])[self.rows]
+            classes, labels = np.unique(names, return_inverse=True)
+            self.labels = np.where(names == "", len(classes) + self.labels, labels)
 
     @property
     def hours(self) -> float:
@@ -75,4 +83,9 @@ class SpeechDataset(Dataset):
         except AudioError as error:
             logger.warning("skipped %s: %s", row["id"], error)
             input_values = None
-        return {"index": index, "seed": (self.seed, epoch, index), "input_values": input_values}
+        return {
+            "index": index,
+            "label": int(self.labels[index]),
+            "seed": (self.seed, epoch, index),
+            "input_values": input_values,
+        }

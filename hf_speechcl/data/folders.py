@@ -43,33 +43,40 @@ def parquet_files(path: Path) -> list[str]:
     return files
 
 
-def audio_files(folder: Path, text_column: str = "text", require_text: bool = False) -> dict[str, str | None]:
-    """Relative names of all audio files below a folder, and of all that its metadata name, with their texts.
+def audio_files(
+    folder: Path, columns: tuple[str, ...] = (), required: tuple[str, ...] = ()
+) -> dict[str, dict[str, str | None]]:
+    """Relative names of all audio files below a folder, and of all that its metadata name.
+
+    Args:
+        columns: columns of the metadata to return for every file, as texts; None where there is no value.
+        required: those of them without which the folder is refused.
 
     Raises:
         FileNotFoundError: there are none; the message says what there is.
-        ValueError: metadata that cannot be read or lack a column, or `require_text` and no metadata.
+        ValueError: metadata that cannot be read or lack a column, or required columns and no metadata.
     """
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    texts: dict[str, str | None] = {
-        file.relative_to(folder).as_posix(): None for file in files if file.suffix.lower() in AUDIO_SUFFIXES
+    nothing = dict.fromkeys(columns)
+    values: dict[str, dict[str, str | None]] = {
+        file.relative_to(folder).as_posix(): nothing for file in files if file.suffix.lower() in AUDIO_SUFFIXES
     }
     metadata = [file for file in files if file.name in METADATA_FILES]
     for file in metadata:
-        for entry in _read_metadata(file, ["file_name", text_column] if require_text else ["file_name"]):
+        for entry in _read_metadata(file, ["file_name", *required]):
             name = posixpath.normpath(posixpath.join(file.parent.relative_to(folder).as_posix(), entry["file_name"]))
-            texts[name] = None if entry.get(text_column) is None else str(entry[text_column])
-    if not texts:
+            values[name] = {column: None if entry.get(column) is None else str(entry[column]) for column in columns}
+    if not values:
         suffixes = Counter(file.suffix.lower() or file.name for file in files)
         found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
         expected = " ".join(sorted(AUDIO_SUFFIXES))
         raise FileNotFoundError(f"no audio in {folder}: found {found}; expected {expected} or .parquet")
-    if require_text and not metadata:
+    if required and not metadata:
         raise ValueError(
-            f"{folder} has no texts: expected {' or '.join(METADATA_FILES)} in it, with the columns file_name and "
-            f"{text_column}"
+            f"{folder} has no {' and '.join(required)}: expected {' or '.join(METADATA_FILES)} in it, with the columns "
+            f"{', '.join(['file_name', *required])}"
         )
-    return texts
+    return values
 
 
 def _read_metadata(file: Path, required: list[str]) -> list[dict]:

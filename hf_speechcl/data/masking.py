@@ -32,12 +32,12 @@ def span_mask(num_frames: int, mask_prob: float, span: int, rng: np.random.Gener
 
 
 def draw_negatives(num_masked: int, num_negatives: int, rng: np.random.Generator) -> np.ndarray:
-    """For each of a clip's masked frames, other masked frames of the clip, uniformly with replacement.
+    """For each of a clip's frames that count, others of them, uniformly with replacement.
 
     Returns:
-        (num_masked, num_negatives) positions among the masked frames, never the row's own.
+        (num_masked, num_negatives) positions among the masked frames, never the row's own unless it is the only one.
     """
     if num_masked < 2:
-        return np.zeros((0, num_negatives), dtype=np.int64)
+        return np.zeros((num_masked, num_negatives), dtype=np.int64)
     draws = rng.integers(num_masked - 1, size=(num_masked, num_negatives))
     return draws + (draws >= np.arange(num_masked)[:, None])

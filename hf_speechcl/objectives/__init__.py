@@ -2,11 +2,28 @@
 
 from .base import Objective, ObjectiveOutput
 from .best_rq import BestRQ
+from .cpc import CPC
+from .data2vec import Data2Vec
+from .denoising import Denoising
+from .info_nce import InfoNCE
+from .masked_reconstruction import MaskedReconstruction
+from .prototypical import Prototypical
+from .siamese import Siamese
+from .triplet import Triplet
+from .utterance import UtteranceObjective
 from .wav2vec2 import Wav2Vec2Contrastive
 
 OBJECTIVES = {
-    "best_rq": BestRQ,
+    "info_nce": InfoNCE,
+    "siamese": Siamese,
+    "triplet": Triplet,
+    "prototypical": Prototypical,
+    "cpc": CPC,
     "wav2vec2": Wav2Vec2Contrastive,
+    "best_rq": BestRQ,
+    "data2vec": Data2Vec,
+    "denoising": Denoising,
+    "masked_reconstruction": MaskedReconstruction,
 }
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput"]
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveOutput", "UtteranceObjective"]

@@ -1,6 +1,8 @@
 """The contract that every pre-training objective keeps."""
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,11 +16,13 @@ class ObjectiveOutput:
         loss: scalar, the loss summed (never averaged) over items, with gradient.
         num_items: scalar, the number of items in the sum.
         metrics: `{name: sums}`, detached tensors of any fixed shape; `Objective.summarize` turns them into scalars.
+        states: `{stage: (M, D)}`, detached vectors that must not become all alike; the collapse guard watches them.
     """
 
     loss: torch.Tensor
     num_items: torch.Tensor
     metrics: dict[str, torch.Tensor]
+    states: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -29,8 +33,8 @@ class Objective(nn.Module):
     objective, write a subclass in a file of its own and name it in `OBJECTIVES`.
 
     Class attributes:
-        masked_frames: the collator draws `mask_time_indices` for it.
-        num_negatives: how many negatives per masked frame the collator draws for it; may be set by the instance.
+        uses_mask: the encoder is given `mask_time_indices`, so that its mask vector is trained.
+        remedy: one sentence for the collapse guard: what to change if this objective collapses.
 
     A constructor takes `(config, **options)`, all options with defaults: the config is the encoder's, any of the
     wav2vec 2.0 family (`hidden_size`, `inputs_to_logits_ratio`, and `conv_dim` for the width of `extract_features`).
@@ -38,8 +42,8 @@ class Objective(nn.Module):
     method `init_weights` that fills them by `transformers.initialization`.
     """
 
-    masked_frames = False
-    num_negatives = 0
+    uses_mask = False
+    remedy = "lower learning_rate, raise warmup_steps."
 
     def forward(self, encoder, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:
         raise NotImplementedError
@@ -48,6 +52,10 @@ class Objective(nn.Module):
         """`num_items` of the batch, known before the forward pass."""
         raise NotImplementedError
 
+    def collator_options(self) -> dict[str, int | float]:
+        """Fields of `PretrainingCollator` that must have at least these values for the batches to serve."""
+        return {}
+
     def summarize(self, metrics: dict[str, torch.Tensor], num_items: float) -> dict[str, float]:
         """Scalars to log from sums of `metrics` over `num_items` items."""
         return {name: value.item() / max(num_items, 1) for name, value in metrics.items()}
@@ -55,7 +63,39 @@ class Objective(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Told before every update which share of the run is done, from 0 to 1, for schedules."""
 
+    def after_update(self, encoder) -> None:
+        """Called after every update of the weights."""
+
 
 def features_dim(config) -> int:
     """Channels of `extract_features` for an encoder config of the wav2vec 2.0 family."""
     return config.conv_dim if isinstance(config.conv_dim, int) else config.conv_dim[-1]
+
+
+def frame_lengths(encoder, batch: dict[str, torch.Tensor], num_frames: int) -> torch.Tensor:
+    """(B,) frames of every clip of a batch of `input_values` that the encoder gave `num_frames` frames each."""
+    input_values, attention_mask = batch["input_values"], batch.get("attention_mask")
+    if attention_mask is None:
+        return torch.full((len(input_values),), num_frames, device=input_values.device)
+    return encoder._get_feat_extract_output_lengths(attention_mask.sum(-1))
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse an option that is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, found {value!r}")
+
+
+def in_float32(function: Callable) -> Callable:
+    """Decorator for losses: floating-point arguments are cast to float32, and autocast is off inside."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        def cast(value):
+            return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return wrapped

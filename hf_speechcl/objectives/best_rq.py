@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from ..configuration_speechcl import SpeechCLConfig
-from ..modeling_speechcl import SpeechCLLogMel
-from ..quantizers import RandomProjectionQuantizer, code_histogram, perplexity
-from .base import Objective, ObjectiveOutput
+from ..quantizers import RandomProjectionQuantizer, code_histogram, code_usage
+from .base import Objective, ObjectiveOutput, in_float32
+from .targets import LogMelTargets
 
 
+@in_float32
 def masked_prediction_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Cross-entropy summed over frames and averaged over codebooks.
 
@@ -17,28 +17,7 @@ def masked_prediction_loss(logits: torch.Tensor, codes: torch.Tensor) -> torch.T
         codes: (M, G) the codes to predict.
     """
     # (M, G, V) -> (M * G, V)
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="sum") / codes.shape[1]
-
-
-def stack_frames(log_mel: torch.Tensor, num_frames: int, lengths: torch.Tensor) -> torch.Tensor:
-    """Normalise log-mel frames over time within each clip, and stack them to the encoder's frame rate.
-
-    Args:
-        log_mel: (B, F, M); frames beyond a clip's own are padding.
-        num_frames: encoder frames T.
-        lengths: (B,) log-mel frames of every clip.
-
-    Returns:
-        (B, T, k * M) with k = ceil(F / T): mean 0, variance 1 per clip and mel bin over its own frames, 0 beyond.
-    """
-    mask = (torch.arange(log_mel.shape[1], device=log_mel.device) < lengths[:, None])[..., None]
-    count = lengths[:, None, None].clamp_min(1)
-    mean = (log_mel * mask).sum(1, keepdim=True) / count
-    variance = ((log_mel - mean).square() * mask).sum(1, keepdim=True) / count
-    normalized = (log_mel - mean) * (variance + 1e-5).rsqrt() * mask
-    stack = -(-log_mel.shape[1] // num_frames)
-    padded = nn.functional.pad(normalized, (0, 0, 0, stack * num_frames - log_mel.shape[1]))
-    return padded.reshape(len(log_mel), num_frames, -1)  # (B, T * k, M) -> (B, T, k * M)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum") / codes.shape[1]
 
 
 class BestRQ(Objective):
@@ -60,7 +39,8 @@ class BestRQ(Objective):
     by noise.
     """
 
-    masked_frames = True
+    uses_mask = True
+    remedy = "the codes are fixed and cannot collapse: look for silent or constant audio, then lower learning_rate."
 
     def __init__(
         self,
@@ -72,46 +52,20 @@ class BestRQ(Objective):
         seed: int = 0,
     ):
         super().__init__()
-        sampling_rate = getattr(config, "sampling_rate", 16000)
-        hop = sampling_rate // 100
-        self.log_mel = SpeechCLLogMel(
-            SpeechCLConfig(
-                sampling_rate=sampling_rate, hop_length=hop, frame_length=5 * hop // 2, num_mel_bins=num_mel_bins
-            )
-        )
-        if config.inputs_to_logits_ratio % hop:
-            raise ValueError(
-                f"best_rq stacks log-mel frames of {hop} samples: an encoder frame must be a multiple of it, "
-                f"found {config.inputs_to_logits_ratio} samples"
-            )
-        self.mel_per_frame = config.inputs_to_logits_ratio // hop
+        self.targets = LogMelTargets(config, num_mel_bins)
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
-        self.quantizer = RandomProjectionQuantizer(
-            self.mel_per_frame * num_mel_bins, codebook_dim, codebook_size, num_codebooks, seed
-        )
+        self.quantizer = RandomProjectionQuantizer(self.targets.dim, codebook_dim, codebook_size, num_codebooks, seed)
         self.head = nn.Linear(config.hidden_size, num_codebooks * codebook_size)
 
     def count_items(self, batch):
         return batch["mask_time_indices"].sum()
-
-    def targets(self, batch: dict[str, torch.Tensor], num_frames: int) -> torch.Tensor:
-        """Codes (M, G) of the masked frames."""
-        input_values, attention_mask = batch["input_values"], batch.get("attention_mask")
-        # An encoder without padding at its ends gives a frame less than the waveform has room for.
-        log_mel = self.log_mel(input_values)[:, : num_frames * self.mel_per_frame]
-        if attention_mask is None:
-            lengths = torch.full((len(log_mel),), log_mel.shape[1], device=log_mel.device)
-        else:
-            hop = self.log_mel.config.hop_length
-            lengths = (-(-attention_mask.sum(-1) // hop)).clamp_max(log_mel.shape[1])
-        return self.quantizer(stack_frames(log_mel, num_frames, lengths)[batch["mask_time_indices"].bool()])
 
     def forward(self, encoder, batch):
         mask = batch["mask_time_indices"].bool()
         hidden_states = encoder(
             batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask
         ).last_hidden_state
-        codes = self.targets(batch, hidden_states.shape[1])
+        codes = self.quantizer(self.targets(batch, hidden_states.shape[1])[mask])
         # (B, T, H) -> (M, H) -> (M, G, V)
         logits = self.head(hidden_states[mask]).view(-1, self.num_codebooks, self.codebook_size)
         with torch.no_grad():
@@ -125,5 +79,5 @@ class BestRQ(Objective):
     def summarize(self, metrics, num_items):
         return {
             "accuracy": metrics["accuracy"].item() / max(num_items, 1),
-            "code_perplexity": perplexity(metrics["codes"].float()).mean().item(),
+            **code_usage(metrics["codes"]),
         }

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from ..quantizers import GumbelVectorQuantizer, code_histogram, perplexity
-from .base import Objective, ObjectiveOutput, features_dim
+from ..quantizers import GumbelVectorQuantizer, code_histogram, code_usage
+from .base import Objective, ObjectiveOutput, features_dim, in_float32
 
 
+@in_float32
 def contrastive_logits(
     predictions: torch.Tensor, targets: torch.Tensor, codes: torch.Tensor, negatives: torch.Tensor, temperature: float
 ) -> torch.Tensor:
@@ -20,15 +21,14 @@ def contrastive_logits(
     Returns:
         (M, 1 + K). A distractor with the codes of the true target is left out (-inf): it would punish the right answer.
     """
-    similarity = (
-        nn.functional.normalize(predictions.float(), dim=-1) @ nn.functional.normalize(targets.float(), dim=-1).T
-    )
+    similarity = nn.functional.normalize(predictions, dim=-1) @ nn.functional.normalize(targets, dim=-1).T
     # (M, M) -> (M, K)
     distractors = similarity.gather(1, negatives) / temperature
     distractors = distractors.masked_fill((codes[negatives] == codes[:, None]).all(-1), float("-inf"))
     return torch.cat((similarity.diagonal()[:, None] / temperature, distractors), dim=1)
 
 
+@in_float32
 def diversity_loss(probabilities: torch.Tensor, clips: torch.Tensor, num_clips: int) -> torch.Tensor:
     """How far the codebooks are from even use, from 0 (even) to 1 (one code), summed over frames.
 
@@ -69,7 +69,8 @@ class Wav2Vec2Contrastive(Objective):
     Source: Baevski et al. 2020, arXiv 2006.11477, eq. 2 to 4. Differs from it in the diversity loss, see there.
     """
 
-    masked_frames = True
+    uses_mask = True
+    remedy = "lower learning_rate, raise wav2vec2.diversity_weight, start the Gumbel temperature higher."
 
     def __init__(
         self,
@@ -100,14 +101,21 @@ class Wav2Vec2Contrastive(Objective):
         ratio = self.gumbel_temperature_end / self.gumbel_temperature_start
         self.gumbel_temperature = self.gumbel_temperature_start * ratio ** min(progress / self.gumbel_anneal, 1.0)
 
+    def collator_options(self):
+        return {"num_negatives": self.num_negatives}
+
     def count_items(self, batch):
         return batch["mask_time_indices"].sum()
 
     def forward(self, encoder, batch):
         mask = batch["mask_time_indices"].bool()
         outputs = encoder(batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask)
+        if "clean_values" in batch:
+            clean_features = encoder(batch["clean_values"], attention_mask=batch.get("attention_mask")).extract_features
+        else:
+            clean_features = outputs.extract_features
         # (B, T, C) -> (M, C)
-        codevectors, probabilities, codes = self.quantizer(outputs.extract_features[mask], self.gumbel_temperature)
+        codevectors, probabilities, codes = self.quantizer(clean_features[mask], self.gumbel_temperature)
         targets = self.project_target(codevectors.to(self.project_target.weight.dtype))
         predictions = self.project_prediction(outputs.last_hidden_state[mask])
         logits = contrastive_logits(
@@ -121,16 +129,20 @@ class Wav2Vec2Contrastive(Objective):
                 "contrastive_loss": contrastive.detach(),
                 "diversity_loss": diversity.detach(),
                 "accuracy": (logits.argmax(-1) == 0).float().sum(),
+                "chance": (1 / logits.isfinite().sum(-1)).sum(),
                 "codes": code_histogram(codes, self.quantizer.codebook_size),
             }
         return ObjectiveOutput(
-            loss=contrastive + self.diversity_weight * diversity, num_items=mask.sum(), metrics=metrics
+            loss=contrastive + self.diversity_weight * diversity,
+            num_items=mask.sum(),
+            metrics=metrics,
+            states={"targets": targets.detach()},
         )
 
     def summarize(self, metrics, num_items):
         codes = metrics.pop("codes")
         return {
             **super().summarize(metrics, num_items),
-            "code_perplexity": perplexity(codes.float()).mean().item(),
+            **code_usage(codes),
             "gumbel_temperature": self.gumbel_temperature,
         }

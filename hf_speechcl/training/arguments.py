@@ -30,15 +30,38 @@ class CorpusArguments:
 
 @dataclass
 class PretrainingDataArguments(CorpusArguments):
+    max_clips_per_batch: int | None = option(None, "Clips in a batch on one device, beside the limit in seconds.")
     max_seconds: float = option(15.0, "Longer recordings are split into equal parts of at most this many seconds.")
     min_seconds: float = option(0.4, "Shorter clips are left out.")
     mask_prob: float = option(0.65, "Length of all masked spans together, as a share of the clip; spans may overlap.")
     mask_span: float = option(0.2, "Length of a masked span in seconds.")
+    view_seconds: float = option(3.0, "Longest view, for objectives that compare clips; a view is 60 to 100% of a clip.")
+    view_augmentations: list[str] = option(
+        ["gain=1.0", "noise=0.5", "reverb=0.3", "band_limit=0.2"],
+        "What is done to views, with what probability: speed, mix, reverb, noise, band_limit, clipping, gain, drop.",
+    )
+    corrupt_input: bool = option(False, "Masked objectives see corrupted input; their targets stay clean.")
+    corruptions: list[str] = option(
+        ["noise=0.5", "reverb=0.3", "mix=0.2", "band_limit=0.2", "clipping=0.1", "drop=0.2"],
+        "What corrupts the input, with what probability; as for views, but for speed.",
+    )
+    noise_corpus: list[str] = option([], "Sources of noise (as corpus, split train); without, noise is synthetic.")
+    snr_db: list[float] = option([0.0, 20.0], "Lowest and highest signal-to-noise ratio of added noise.")
+    label_column: str | None = option(
+        None, "Column with the class of every clip (speaker, keyword, language), for objectives that compare clips."
+    )
+    clips_per_label: int = option(4, "Clips of each label in a batch, with label_column.")
 
     def __post_init__(self):
-        for name in ("max_seconds", "mask_prob", "mask_span", "max_seconds_per_batch"):
+        for name in ("max_seconds", "mask_prob", "mask_span", "max_seconds_per_batch", "view_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if self.max_clips_per_batch is not None and self.max_clips_per_batch < 1:
+            raise ValueError(f"max_clips_per_batch must be positive, found {self.max_clips_per_batch}")
+        if self.clips_per_label < 1:
+            raise ValueError(f"clips_per_label must be positive, found {self.clips_per_label}")
+        if len(self.snr_db) != 2:
+            raise ValueError(f"snr_db must be two numbers, the lowest and the highest, found {self.snr_db}")
 
 
 @dataclass
@@ -80,6 +103,13 @@ class SpeechTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder to go on from, or 'last' for the newest in output_dir (a new run if there is none)."
     )
+
+    grad_cache: bool = option(
+        True,
+        "With gradient accumulation, compare the clips of all micro-batches, encoding their views twice; off: compare "
+        "within each micro-batch. For objectives that compare clips.",
+    )
+    stop_on_collapse: int = option(0, "Stop after so many validations in a row that found a collapse; 0 goes on.")
 
     def __post_init__(self):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
-from ..command_line import parse_arguments
+from ..command_line import parse_arguments, parse_assignments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data import PretrainingCollator, SpeechDataset
-from ..data.corpora import load_train_and_validation
+from ..data.augment import Augmentation
+from ..data.corpora import load_corpus, load_train_and_validation
 from ..hub import CURVES, USE_ENCODER, data_row, describe_model, describe_run, metrics_table, plot_curves, write_card
 from ..pretraining import SpeechCLForPreTraining, objective_options
 from .arguments import (
@@ -20,7 +21,8 @@ from .arguments import (
     parse_objectives,
     set_up_logging,
 )
-from .trainer import PretrainingTrainer, find_checkpoint, keep_options
+from .pretraining_trainer import PretrainingTrainer
+from .trainer import find_checkpoint, keep_options
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,40 @@ def build_model(model_args: PretrainingModelArguments) -> SpeechCLForPreTraining
     return SpeechCLForPreTraining.from_pretrained(model_args.encoder, config=config, ignore_mismatched_sizes=True)
 
 
+def build_augmentation(field: str, data_args: PretrainingDataArguments, speech: SpeechDataset) -> Augmentation:
+    """What the option `field`, view_augmentations or corruptions, asks for; utterances to mix in are of `speech`."""
+    probabilities = parse_assignments(getattr(data_args, field), field)
+    noise = None
+    if data_args.noise_corpus and probabilities.get("noise"):
+        noise = SpeechDataset(load_corpus(data_args.noise_corpus), speech.sampling_rate)
+    return Augmentation(probabilities, speech.sampling_rate, tuple(data_args.snr_db), noise, speech)
+
+
+def build_collator(
+    model: SpeechCLForPreTraining, data_args: PretrainingDataArguments, train: SpeechDataset
+) -> PretrainingCollator:
+    """Batches as the objectives of the model need them."""
+    config = model.config
+    options = model.collator_options()
+    options["corrupt_input"] = bool(options.get("corrupt_input")) or data_args.corrupt_input
+    collator = PretrainingCollator(
+        model._get_feat_extract_output_lengths,
+        mask_prob=data_args.mask_prob,
+        mask_span=max(1, round(data_args.mask_span * config.sampling_rate / config.inputs_to_logits_ratio)),
+        max_view_samples=round(data_args.view_seconds * config.sampling_rate),
+        num_mel_bins=config.num_mel_bins,
+        hop_length=config.hop_length,
+        **options,
+    )
+    if collator.num_views:
+        collator.view_augmentation = build_augmentation("view_augmentations", data_args, train)
+    if collator.corrupt_input:
+        collator.corruption = build_augmentation("corruptions", data_args, train)
+        if not collator.corruption.keeps_time:
+            raise ValueError("corruptions must keep the time, so that targets fit: leave out speed")
+    return collator
+
+
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(
         [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], DESCRIPTION, argv
@@ -74,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             data_args.train_split,
             data_args.validation_split,
             audio_column=data_args.audio_column,
+            label_column=data_args.label_column,
         )
     datasets = {
         split: SpeechDataset(corpus, config.sampling_rate, args.seed, data_args.max_seconds, data_args.min_seconds)
@@ -82,18 +119,15 @@ def main(argv: list[str] | None = None) -> None:
     for split, dataset in datasets.items():
         logger.info("%s: %d clips, %.2f hours", split, len(dataset), dataset.hours)
 
-    frames_per_second = config.sampling_rate / config.inputs_to_logits_ratio
     trainer = PretrainingTrainer(
         model=model,
         args=args,
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
-        data_collator=PretrainingCollator(
-            model._get_feat_extract_output_lengths,
-            mask_prob=data_args.mask_prob,
-            mask_span=max(1, round(data_args.mask_span * frames_per_second)),
-            num_negatives=max(objective.num_negatives for objective in model.objectives.values()),
-        ),
+        data_collator=build_collator(model, data_args, datasets["train"]),
+        max_clips_per_batch=data_args.max_clips_per_batch,
+        clips_per_label=data_args.clips_per_label,
+        view_seconds=data_args.view_seconds,
         max_seconds_per_batch=data_args.max_seconds_per_batch,
         processing_class=Wav2Vec2FeatureExtractor(
             sampling_rate=config.sampling_rate, do_normalize=False, return_attention_mask=True
@@ -128,7 +162,8 @@ def main(argv: list[str] | None = None) -> None:
         + describe_run(
             args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step
         ),
-        results="On the validation clips, with fixed masks:\n\n" + metrics_table(metrics),
+        results=f"On the validation clips, with fixed masks; collapse guard: {trainer.guard.verdict}.\n\n"
+        + metrics_table(metrics),
         limits="It knows the languages, voices and recording conditions of its data. It gives features, not text.",
     )
     logger.info("model, card and curves are in %s", folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -97,12 +97,15 @@ class SpeechTrainer(Trainer):
         """Weight of every objective in the loss."""
         raise NotImplementedError
 
+    def batch_sampler(self, dataset: SpeechDataset, shuffle: bool, **options) -> Sampler:
+        """Which clips go into which batch; `options` are seed, rank and world_size."""
+        return DurationBatchSampler(dataset.durations, self.max_seconds_per_batch, shuffle=shuffle, **options)
+
     def _loader(self, dataset: SpeechDataset, collator, shuffle: bool) -> DataLoader:
-        sampler = DurationBatchSampler(
-            dataset.durations,
-            self.max_seconds_per_batch,
+        sampler = self.batch_sampler(
+            dataset,
+            shuffle,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            shuffle=shuffle,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
@@ -137,12 +140,13 @@ class SpeechTrainer(Trainer):
         outputs = self.objective_outputs(model, inputs)
         self.train_sums.add(outputs, num_skipped)
         weights = self.objective_weights()
-        loss = sum(
-            weights[name] * output.loss / num_items_in_batch[name].clamp_min(1) for name, output in outputs.items()
-        )
-        # Gradients are averaged over ranks, and so is the loss in the log; the counts already are of all ranks.
-        loss = loss * self.accelerator.num_processes
+        loss = sum(weights[name] * self.mean_loss(name, output, num_items_in_batch) for name, output in outputs.items())
         return (loss, outputs) if return_outputs else loss
+
+    def mean_loss(self, name: str, output: ObjectiveOutput, num_items: dict[str, torch.Tensor]) -> torch.Tensor:
+        """This batch's part of an objective's mean loss over the update, whose items over all ranks are counted."""
+        # Gradients are averaged over ranks, and so is the loss in the log; the counts already are of all ranks.
+        return output.loss / num_items[name].clamp_min(1) * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -207,26 +211,6 @@ class SpeechTrainer(Trainer):
         """6 operations per weight and encoder frame, forward and backward."""
         frames = self.model._get_feat_extract_output_lengths(inputs["input_values"].shape[1])
         return 6 * self.model.num_parameters(only_trainable=True) * frames * len(inputs["input_values"])
-
-
-class PretrainingTrainer(SpeechTrainer):
-    """Trains a `SpeechCLForPreTraining`."""
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self.model.set_progress(self.state.global_step / max(self.state.max_steps, 1))
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def objective_outputs(self, model, inputs):
-        return model(**inputs).objectives
-
-    def count_items(self, inputs):
-        return self.model.count_items(inputs)
-
-    def objective_weights(self):
-        return self.model.weights
-
-    def summarize_metrics(self, name, output, num_items):
-        return self.model.objectives[name].summarize(dict(output.metrics), num_items)
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str | None:

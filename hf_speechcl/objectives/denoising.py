@@ -1,0 +1,62 @@
+"""Denoising autoencoder: corrupted waveform in, clean log-mel out."""
+
+import torch
+from torch import nn
+
+from .base import Objective, ObjectiveOutput, check_choice, in_float32
+from .targets import LogMelTargets
+
+
+@in_float32
+def reconstruction_loss(predictions: torch.Tensor, targets: torch.Tensor, norm: str) -> torch.Tensor:
+    """Absolute ("l1") or squared ("l2") error, averaged over channels, summed over frames (M, C)."""
+    error = predictions - targets
+    return (error.abs() if norm == "l1" else error.square()).mean(-1).sum()
+
+
+class Denoising(Objective):
+    """Give back the clean log-mel frames of a clip that was corrupted.
+
+    Learns features that do not change with noise, room and other voices, and the shape of the spectrum: frame level,
+    for speech recognition under noise; alone it knows less of phones than the objectives that predict codes. The
+    corruptions are the training option `corruptions`; every objective of the run then gets the corrupted input.
+
+    Args:
+        config: the encoder's configuration.
+        masked_only: mask spans of the input as well, and count the masked frames only.
+        norm: "l1" or "l2" error.
+        num_mel_bins: mel filters of the target frames, which are normalised within the clip.
+
+    Source: Vincent et al. 2008, "Extracting and composing robust features with denoising autoencoders"; on speech with
+    several corruptions Ravanelli et al. 2020 (PASE+), arXiv 2001.09239.
+    """
+
+    uses_mask = True
+    remedy = "the targets cannot collapse: look for silent or constant audio, then lower learning_rate."
+
+    def __init__(self, config, masked_only: bool = False, norm: str = "l1", num_mel_bins: int = 80):
+        super().__init__()
+        check_choice("denoising.norm", norm, ("l1", "l2"))
+        self.uses_mask, self.norm = masked_only, norm
+        self.targets = LogMelTargets(config, num_mel_bins)
+        self.head = nn.Linear(config.hidden_size, self.targets.dim)
+
+    def collator_options(self):
+        return {"corrupt_input": True}
+
+    def count_items(self, batch):
+        return batch["mask_time_indices"].sum() if self.uses_mask else batch["frame_counts"].sum()
+
+    def forward(self, encoder, batch):
+        mask = batch["mask_time_indices"].bool() if self.uses_mask else None
+        hidden_states = encoder(
+            batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask
+        ).last_hidden_state
+        targets = self.targets(batch, hidden_states.shape[1])
+        if mask is None:
+            mask = torch.arange(hidden_states.shape[1], device=hidden_states.device) < batch["frame_counts"][:, None]
+        return ObjectiveOutput(
+            loss=reconstruction_loss(self.head(hidden_states[mask]), targets[mask], self.norm),
+            num_items=mask.sum(),
+            metrics={},
+        )

@@ -1,0 +1,110 @@
+"""Siamese networks: the margin loss on pairs, and SimSiam, which needs no negatives."""
+
+import torch
+from torch import nn
+
+from .base import ObjectiveOutput, check_choice, in_float32
+from .utterance import UtteranceObjective, distances, rows_and_labels
+
+
+@in_float32
+def pair_losses(
+    embeddings: torch.Tensor, labels: torch.Tensor, margin: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Half the squared distance of pairs that belong together, half the squared shortfall from the margin of others.
+
+    Args:
+        embeddings: (N, D), compared at unit length.
+        labels: (N,); equal for rows that belong together.
+        margin: distance that pairs of different labels must have, m, between 0 and 2.
+
+    Returns:
+        losses, distances and whether they belong together, of all N (N - 1) / 2 pairs.
+
+    Source: Hadsell et al. 2006, "Dimensionality reduction by learning an invariant mapping", eq. 4.
+    """
+    unit = nn.functional.normalize(embeddings, dim=-1)
+    first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
+    same = labels[first] == labels[second]
+    apart = distances(unit, unit)[first, second]
+    losses = torch.where(same, apart, (margin - apart).clamp_min(0)).square() / 2
+    return losses, apart.detach(), same
+
+
+@in_float32
+def simsiam_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """One minus the cosine of each view's prediction with the other view, averaged over both, summed over clips.
+
+    Args:
+        predictions, targets: (N, 2, D).
+
+    Source: Chen and He 2020, arXiv 2011.10566, eq. 2; 1 is added, so that 0 is the least.
+    """
+    return (1 - nn.functional.cosine_similarity(predictions, targets.flip(1), dim=-1)).sum() / 2
+
+
+class Siamese(UtteranceObjective):
+    """Draw pairs of the same class together; push others apart up to a margin, or (SimSiam) do without others.
+
+    Learns which clips belong together, by their labels if there is a label column (speaker, keyword, language) or as
+    crops of one utterance: one vector per clip, for verification and retrieval.
+
+    Args:
+        config: the encoder's configuration.
+        form: "contrastive" (Hadsell et al. 2006) or "simsiam" (Chen and He 2020; views only, labels are not used).
+        margin: of the contrastive form, m, in distances between unit vectors, which are 0 to 2.
+        stop_gradient: of SimSiam. Without it everything collapses to one vector; off only to see that.
+        proj_dim: channels of the projection.
+        proj_layers: linear layers of the projector.
+
+    Of the contrastive form, all pairs of the update count, and those of the same class as much as the others together:
+    pairs of different classes are so many more. SimSiam differs from its paper in that its predictor has a layer norm
+    where the paper has batch norm, which would make a clip's loss depend on the batch.
+
+    Source: Hadsell et al. 2006; Chen and He 2020, arXiv 2011.10566.
+    """
+
+    remedy = "keep siamese.stop_gradient on, take a siamese.margin of 0.5 to 1.5, lower learning_rate."
+
+    def __init__(
+        self,
+        config,
+        form: str = "contrastive",
+        margin: float = 1.0,
+        stop_gradient: bool = True,
+        proj_dim: int = 128,
+        proj_layers: int = 2,
+    ):
+        super().__init__(config, 2, proj_dim, proj_layers)
+        check_choice("siamese.form", form, ("contrastive", "simsiam"))
+        self.form, self.margin, self.stop_gradient = form, margin, stop_gradient
+        if form == "simsiam":
+            self.predictor = nn.Sequential(
+                nn.Linear(proj_dim, max(proj_dim // 4, 1)),
+                nn.LayerNorm(max(proj_dim // 4, 1)),
+                nn.GELU(),
+                nn.Linear(max(proj_dim // 4, 1), proj_dim),
+            )
+
+    def embed(self, encoder, batch):
+        embedded = super().embed(encoder, batch)
+        if self.form == "simsiam":
+            embedded["predictions"] = self.predictor(embedded["embeddings"]).float()
+        return embedded
+
+    def contrast(self, embedded):
+        if self.form == "simsiam":
+            embeddings = embedded["embeddings"]
+            targets = embeddings.detach() if self.stop_gradient else embeddings
+            num_items = torch.tensor(len(embeddings), device=embeddings.device)
+            return ObjectiveOutput(simsiam_loss(embedded["predictions"], targets), num_items, {})
+        losses, apart, same = pair_losses(*rows_and_labels(embedded), self.margin)
+        num_same = same.sum()
+        share = num_same / (~same).sum().clamp_min(1)
+        weights = torch.where(same, 1.0, share)
+        correct = (apart < self.margin / 2) == same
+        return ObjectiveOutput(
+            loss=(weights * losses).sum(),
+            num_items=2 * num_same,
+            metrics={"accuracy": (weights * correct).sum(), "chance": num_same.float()},
+        )

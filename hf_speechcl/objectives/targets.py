@@ -1,0 +1,69 @@
+"""Targets of masked prediction and reconstruction: log-mel frames at the encoder's rate, normalised within a clip."""
+
+import torch
+from torch import nn
+
+from ..configuration_speechcl import SpeechCLConfig
+from ..modeling_speechcl import SpeechCLLogMel, length_mask
+
+
+def normalize_over_time(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and variance 1 over time for every clip and channel; 0 beyond a clip's own frames.
+
+    Args:
+        frames: (B, T, C).
+        lengths: (B,) frames of every clip.
+    """
+    mask = length_mask(lengths, frames.shape[1])[..., None]
+    count = lengths[:, None, None].clamp_min(1)
+    mean = (frames * mask).sum(1, keepdim=True) / count
+    variance = ((frames - mean).square() * mask).sum(1, keepdim=True) / count
+    return (frames - mean) * (variance + 1e-5).rsqrt() * mask
+
+
+def stack_frames(log_mel: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """(B, F, M) → (B, T, k * M): k = ceil(F / T) log-mel frames side by side for each of the T encoder frames."""
+    stack = -(-log_mel.shape[1] // num_frames)
+    padded = nn.functional.pad(log_mel, (0, 0, 0, stack * num_frames - log_mel.shape[1]))
+    return padded.reshape(len(log_mel), num_frames, -1)  # (B, T * k, M) -> (B, T, k * M)
+
+
+class LogMelTargets(nn.Module):
+    """Log-mel frames of 10 ms, normalised within the clip and stacked to the encoder's frames.
+
+    Args:
+        config: the encoder's; its frames must last a multiple of 10 ms.
+        num_mel_bins: mel filters.
+
+    Attributes:
+        dim: channels of a target, num_mel_bins times the log-mel frames of an encoder frame.
+    """
+
+    def __init__(self, config, num_mel_bins: int):
+        super().__init__()
+        sampling_rate = getattr(config, "sampling_rate", 16000)
+        hop = sampling_rate // 100
+        if config.inputs_to_logits_ratio % hop:
+            raise ValueError(
+                f"targets are log-mel frames of {hop} samples: an encoder frame must be a multiple of it, found "
+                f"{config.inputs_to_logits_ratio} samples"
+            )
+        self.log_mel = SpeechCLLogMel(
+            SpeechCLConfig(
+                sampling_rate=sampling_rate, hop_length=hop, frame_length=5 * hop // 2, num_mel_bins=num_mel_bins
+            )
+        )
+        self.mel_per_frame = config.inputs_to_logits_ratio // hop
+        self.dim = self.mel_per_frame * num_mel_bins
+
+    def forward(self, batch: dict[str, torch.Tensor], num_frames: int) -> torch.Tensor:
+        """Targets (B, num_frames, dim) of a batch, from its `clean_values` where it has these."""
+        clean_values, attention_mask = batch.get("clean_values", batch["input_values"]), batch.get("attention_mask")
+        # An encoder without padding at its ends gives a frame less than the waveform has room for.
+        log_mel = self.log_mel(clean_values)[:, : num_frames * self.mel_per_frame]
+        if attention_mask is None:
+            lengths = torch.full((len(log_mel),), log_mel.shape[1], device=log_mel.device)
+        else:
+            hop = self.log_mel.config.hop_length
+            lengths = (-(-attention_mask.sum(-1) // hop)).clamp_max(log_mel.shape[1])
+        return stack_frames(normalize_over_time(log_mel, lengths), num_frames)

@@ -1,0 +1,197 @@
+"""The Trainer of pre-training: objectives that compare clips compare all clips of an update."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from ..data.batching import DurationBatchSampler, LabelBatchSampler
+from ..distributed import gather_rows
+from ..objectives import ObjectiveOutput, UtteranceObjective
+from .guard import CollapseGuard
+from .trainer import SpeechTrainer
+
+EVALUATION_CLIPS = 128  # compared with each other in validation
+
+
+class RandomState:
+    """The state of the generators that dropout draws from, to draw the same again."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+@dataclass
+class CachedComparison:
+    """What an objective made of all clips of an update, with the gradient of its mean loss.
+
+    Attributes:
+        output: detached.
+        gradients: for each micro-batch of this rank, by the names of what `embed` gives.
+        parameters: those that `compare` itself uses, with their gradients.
+    """
+
+    output: ObjectiveOutput
+    gradients: list[dict[str, torch.Tensor]]
+    parameters: list[tuple[torch.nn.Parameter, torch.Tensor]]
+
+
+class AfterUpdate(TrainerCallback):
+    """Tells the objectives of every update, for teachers that follow the encoder."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.after_update()
+
+
+class PretrainingTrainer(SpeechTrainer):
+    """Trains a `SpeechCLForPreTraining`.
+
+    Objectives that compare clips get all clips of an update, over micro-batches and ranks. With several micro-batches
+    their views are encoded twice, once without gradient to compare them all, once with the gradient found (GradCache:
+    Gao et al. 2021, arXiv 2101.06983), so a batch that does not fit into memory gives the gradient it would give.
+
+    Args:
+        max_clips_per_batch: limit of a batch in clips, beside that in seconds.
+        clips_per_label: clips of each label in a batch, if the training set has labels and they are compared.
+        view_seconds: longest view, for the size of such a batch.
+        kwargs: as for `SpeechTrainer`.
+    """
+
+    def __init__(
+        self, *, max_clips_per_batch: int | None = None, clips_per_label: int = 4, view_seconds: float = 3.0, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.max_clips_per_batch, self.clips_per_label = max_clips_per_batch, clips_per_label
+        self.view_seconds = view_seconds
+        self.guard = CollapseGuard(self.model, self.args.learning_rate, self.args.stop_on_collapse)
+        self.cached: dict[str, CachedComparison] = {}
+        self.random_states: list[RandomState] = []
+        self.micro_batch = 0
+        self.embedded: list[dict[str, dict[str, torch.Tensor]]] = []
+        self.add_callback(AfterUpdate())
+
+    def batch_sampler(self, dataset, shuffle, **options):
+        if shuffle and dataset.has_labels and self.model.comparing:
+            longest = float(dataset.durations.max())
+            if len(self.model.comparing) == len(self.model.objectives):
+                longest = min(longest, self.view_seconds)
+            clips = int(self.max_seconds_per_batch / longest)
+            return LabelBatchSampler(
+                dataset.labels, min(clips, self.max_clips_per_batch or clips), self.clips_per_label, **options
+            )
+        return DurationBatchSampler(
+            dataset.durations,
+            self.max_seconds_per_batch,
+            shuffle=shuffle,
+            max_clips=self.max_clips_per_batch,
+            **options,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.model.set_progress(self.state.global_step / max(self.state.max_steps, 1))
+        batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.micro_batch, self.num_micro_batches = 0, len(batches)
+        self.cached, self.random_states = {}, []
+        if self.model.comparing and len(batches) > 1 and self.args.grad_cache:
+            self._cache_gradients(batches)
+        return batches, counts
+
+    def _cache_gradients(self, batches: list[dict]) -> None:
+        self.model.train()
+        embedded = []
+        for batch in batches:
+            self.random_states.append(RandomState(self.args.device))
+            inputs = self._prepare_inputs({key: batch[key] for key in batch if key.startswith(("view_", "clip_"))})
+            with torch.no_grad(), self.compute_loss_context_manager():
+                embedded.append(self.model.embed(inputs))
+        for name, objective in self.model.comparing.items():
+            leaves = [
+                {key: value.requires_grad_(value.is_floating_point()) for key, value in parts[name].items()}
+                for parts in embedded
+            ]
+            output = self._compare(objective, {key: torch.cat([part[key] for part in leaves]) for key in leaves[0]})
+            inputs = [value for part in leaves for value in part.values() if value.requires_grad]
+            parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+            mean = output.loss / output.num_items.clamp_min(1)
+            gradients = torch.autograd.grad(mean, [*inputs, *parameters], allow_unused=True)
+            found = dict(zip(map(id, [*inputs, *parameters]), gradients))
+            output.loss = output.loss.detach()
+            self.cached[name] = CachedComparison(
+                output,
+                [{key: found[id(v)] for key, v in part.items() if found.get(id(v)) is not None} for part in leaves],
+                [(parameter, found[id(parameter)]) for parameter in parameters if found[id(parameter)] is not None],
+            )
+
+    def _compare(self, objective: UtteranceObjective, embedded: dict[str, torch.Tensor]) -> ObjectiveOutput:
+        return objective.compare({key: gather_rows(value) for key, value in embedded.items()})
+
+    def objective_outputs(self, model, inputs):
+        if self.cached:
+            self.random_states[self.micro_batch].restore()
+        outputs = model(compare=False, **inputs)
+        objectives = dict(outputs.objectives)
+        if not model.training:
+            self.embedded.append(outputs.embedded)
+            self.guard.observe_states(objectives)
+            return objectives
+        for name, embedded in outputs.embedded.items():
+            if self.cached:
+                objectives[name] = self._with_cached_gradient(name, embedded)
+            else:
+                objectives[name] = self._compare(self.model.objectives[name], embedded)
+        self.micro_batch += 1
+        return objectives
+
+    def _with_cached_gradient(self, name: str, embedded: dict[str, torch.Tensor]) -> ObjectiveOutput:
+        """The output for the whole update, with the gradient through this micro-batch's embeddings."""
+        cached = self.cached[name]
+        through = sum(
+            (embedded[key] * gradient).sum() for key, gradient in cached.gradients[self.micro_batch].items()
+        ) * self.num_micro_batches + sum((parameter * gradient).sum() for parameter, gradient in cached.parameters)
+        loss = cached.output.loss + cached.output.num_items.clamp_min(1) * (through - through.detach())
+        return ObjectiveOutput(loss, cached.output.num_items, cached.output.metrics)
+
+    def mean_loss(self, name, output, num_items):
+        if name in self.model.comparing:
+            return output.loss / output.num_items.clamp_min(1) / self.num_micro_batches
+        return super().mean_loss(name, output, num_items)
+
+    def count_items(self, inputs):
+        return self.model.count_items(inputs)
+
+    def objective_weights(self):
+        return self.model.weights
+
+    def summarize_metrics(self, name, output, num_items):
+        return self.model.objectives[name].summarize(dict(output.metrics), num_items)
+
+    def evaluate(self, *args, **kwargs):
+        self.embedded = []
+        with self.guard.watching():
+            return super().evaluate(*args, **kwargs)
+
+    def summarize(self, sums):
+        if self.model.training:
+            return super().summarize(sums)
+        batches, self.embedded = gather_object(self.embedded), []
+        for name, objective in self.model.comparing.items():
+            for output in self._compare_validation(objective, [batch[name] for batch in batches]):
+                sums.add({name: output}, torch.tensor(0))
+                self.guard.observe_states({name: output})
+        scalars = super().summarize(sums)
+        return scalars | self.guard.judge(scalars, self.state.global_step)
+
+    def _compare_validation(self, objective: UtteranceObjective, parts: list[dict]) -> list[ObjectiveOutput]:
+        """Clips of all ranks in groups that do not depend on the batches they were encoded in."""
+        embedded = {key: torch.cat([part[key].to(self.args.device) for part in parts]) for key in parts[0]}
+        order = embedded["keys"].argsort(stable=True)
+        groups = order.tensor_split(-(-len(order) // EVALUATION_CLIPS) or 1)
+        return [objective.compare({key: value[group] for key, value in embedded.items()}) for group in groups]
