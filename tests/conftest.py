@@ -12,8 +12,10 @@ import pytest
 import soundfile
 import torch
 
-from hf_speechcl import SpeechCLConfig, load_corpus
+from hf_speechcl import OBJECTIVES, SpeechCLConfig, load_corpus
+from hf_speechcl.data import PretrainingCollator
 from hf_speechcl.data.audio import read_audio
+from hf_speechcl.objectives import UtteranceObjective
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # scripts run in processes of their own test this checkout, not an installed one
@@ -28,9 +30,18 @@ TINY = {
     "final_dropout": 0.0,
 }
 SMALL_OBJECTIVES = {
-    "best_rq": {"weight": 1.0, "num_codebooks": 2, "codebook_size": 16, "codebook_dim": 4},
+    "info_nce": {"weight": 1.0, "proj_dim": 12},
+    "siamese": {"weight": 1.0, "proj_dim": 12},
+    "triplet": {"weight": 1.0, "proj_dim": 12},
+    "prototypical": {"weight": 1.0, "n_way": 3, "n_query": 2, "proj_dim": 12},
+    "cpc": {"weight": 1.0, "num_steps": 3, "num_negatives": 5},
     "wav2vec2": {"weight": 0.5, "num_negatives": 7, "codebook_size": 12, "codevector_dim": 16, "proj_dim": 16},
+    "best_rq": {"weight": 1.0, "num_codebooks": 2, "codebook_size": 16, "codebook_dim": 4},
+    "data2vec": {"weight": 1.0, "top_layers": 2},
+    "denoising": {"weight": 1.0},
+    "masked_reconstruction": {"weight": 1.0},
 }
+COMPARING = [name for name, objective in OBJECTIVES.items() if issubclass(objective, UtteranceObjective)]
 # The options of a run of seconds, for the scripts.
 FAST_RUN = (
     "--use_cpu --disable_tqdm True --max_seconds_per_batch 12 --logging_steps 1 "
@@ -64,7 +75,35 @@ def config():
 
 @pytest.fixture
 def pretraining_config():
+    """All objectives at once."""
     return SpeechCLConfig(**TINY, objectives=SMALL_OBJECTIVES)
+
+
+def quieter(clip, rng):
+    """A corruption that is told apart from the clean clip at once."""
+    return (clip * rng.uniform(0.1, 0.5)).astype(np.float32)
+
+
+def make_collator(model, **options):
+    """A collator as the objectives of a `SpeechCLForPreTraining` need it."""
+    return PretrainingCollator(
+        model._get_feat_extract_output_lengths, corruption=quieter, **{**model.collator_options(), **options}
+    )
+
+
+def as_items(clips, labels=None):
+    """Waveforms as a `SpeechDataset` would give them."""
+    return [
+        {"index": number, "label": number if labels is None else labels[number], "seed": (0, 0, number)}
+        | {"input_values": clip}
+        for number, clip in enumerate(clips)
+    ]
+
+
+def make_batch(model, clips, labels=None, **options):
+    batch = make_collator(model, **options)(as_items(clips, labels))
+    batch.pop("num_skipped")
+    return batch
 
 
 @pytest.fixture

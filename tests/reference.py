@@ -59,3 +59,112 @@ def diversity_loss(probabilities, clips):
             perplexities += math.exp(-sum(p * math.log(p + 1e-7) for p in mean))
         total += len(rows) * (num_groups * num_codes - perplexities) / (num_groups * num_codes)
     return total
+
+
+def _unit(vector):
+    return vector / vector.norm()
+
+
+def nt_xent(embeddings, labels, temperature):
+    """Chen et al. 2020, algorithm 1: -log of the positive's share, of both views of every clip; clips of the same label
+    are no negatives."""
+    views = [(clip, view) for clip in range(len(embeddings)) for view in range(2)]
+
+    def score(a, b):
+        return math.exp(torch.dot(_unit(embeddings[a]), _unit(embeddings[b])).item() / temperature)
+
+    total = 0.0
+    for clip, view in views:
+        positive = score((clip, view), (clip, 1 - view))
+        negatives = sum(score((clip, view), other) for other in views if labels[other[0]] != labels[clip])
+        total -= math.log(positive / (positive + negatives))
+    return total
+
+
+def pair_losses(embeddings, labels, margin):
+    """Hadsell et al. 2006, eq. 4, of every pair: (same, loss)."""
+    pairs = []
+    for first in range(len(embeddings)):
+        for second in range(first + 1, len(embeddings)):
+            distance = (_unit(embeddings[first]) - _unit(embeddings[second])).norm().item()
+            same = bool(labels[first] == labels[second])
+            pairs.append((same, 0.5 * distance**2 if same else 0.5 * max(0.0, margin - distance) ** 2))
+    return pairs
+
+
+def simsiam(predictions, targets):
+    """Chen and He 2020, algorithm 1, plus one for each clip."""
+    total = 0.0
+    for p, z in zip(predictions, targets):
+        total += 1 - torch.dot(_unit(p[0]), _unit(z[1])).item() / 2 - torch.dot(_unit(p[1]), _unit(z[0])).item() / 2
+    return total
+
+
+def triplet_gaps(embeddings, labels, mining):
+    """Schroff et al. 2015 and Hermans et al. 2017: squared distance to the positive less that to the negative."""
+    count = len(embeddings)
+
+    def distance(a, b):
+        return ((_unit(embeddings[a]) - _unit(embeddings[b])) ** 2).sum().item()
+
+    gaps = []
+    for anchor in range(count):
+        positives = [distance(anchor, j) for j in range(count) if j != anchor and labels[j] == labels[anchor]]
+        negatives = [distance(anchor, j) for j in range(count) if labels[j] != labels[anchor]]
+        if not positives or not negatives:
+            continue
+        if mining == "batch_hard":
+            gaps.append(max(positives) - min(negatives))
+        elif mining == "batch_all":
+            gaps += [positive - negative for positive in positives for negative in negatives]
+        else:
+            for positive in positives:
+                farther = [negative for negative in negatives if negative > positive]
+                gaps.append(positive - (min(farther) if farther else max(negatives)))
+    return gaps
+
+
+def prototypical_loss(support, queries, targets, distance, temperature):
+    """Snell et al. 2017, algorithm 1, one episode: support (W, K, D), queries (Q, D), targets (Q,)."""
+    prototypes = [sum(examples) / len(examples) for examples in support]
+    total = 0.0
+    for query, target in zip(queries, targets.tolist()):
+        if distance == "cosine":
+            scores = [torch.dot(_unit(query), _unit(prototype)).item() / temperature for prototype in prototypes]
+        else:
+            scores = [-((query - prototype) ** 2).sum().item() / temperature for prototype in prototypes]
+        total += math.log(sum(math.exp(score) for score in scores)) - scores[target]
+    return total
+
+
+def cpc_loss(context, features, negatives, matrices):
+    """Van den Oord et al. 2018, eq. 3 and 4, of one clip: context (T, H), features (T, C), negatives (T, K) frames."""
+    total = 0.0
+    for step, matrix in enumerate(matrices, start=1):
+        for time in range(len(context) - step):
+            prediction = matrix @ context[time]
+            scores = [torch.dot(prediction, features[time + step]).item()]
+            scores += [torch.dot(prediction, features[other]).item() for other in negatives[time + step]]
+            total += math.log(sum(math.exp(score) for score in scores)) - scores[0]
+    return total
+
+
+def normalize_over_time(frames, length):
+    """Every channel of one clip's first `length` frames to mean 0 and variance 1; zeros after them."""
+    result = torch.zeros_like(frames)
+    for channel in range(frames.shape[1]):
+        values = [frames[time, channel].item() for time in range(length)]
+        mean = sum(values) / length
+        variance = sum((value - mean) ** 2 for value in values) / length
+        for time, value in enumerate(values):
+            result[time, channel] = (value - mean) / math.sqrt(variance + 1e-5)
+    return result
+
+
+def reconstruction_loss(predictions, targets, norm):
+    """Mean over channels of the absolute or squared error, summed over frames."""
+    total = 0.0
+    for predicted, target in zip(predictions.tolist(), targets.tolist()):
+        errors = [abs(a - b) if norm == "l1" else (a - b) ** 2 for a, b in zip(predicted, target)]
+        total += sum(errors) / len(errors)
+    return total

@@ -44,7 +44,7 @@ class InfoNCE(UtteranceObjective):
         learned_temperature: train τ from there on, as exp of a parameter, not below 0.01 (Radford et al. 2021, arXiv
             2103.00020, section 2.5).
         proj_dim: channels of the projection (128 in Chen et al.).
-        proj_layers: linear layers of the projector (2 in Chen et al.).
+        proj_layers, batch_norm: of the projector, see `UtteranceObjective` (2 and on in Chen et al.).
 
     Source: Chen et al. 2020, arXiv 2002.05709; van den Oord et al. 2018, arXiv 1807.03748, eq. 4.
     """
@@ -58,17 +58,18 @@ class InfoNCE(UtteranceObjective):
         learned_temperature: bool = False,
         proj_dim: int = 128,
         proj_layers: int = 2,
+        batch_norm: bool = True,
     ):
-        super().__init__(config, 2, proj_dim, proj_layers)
+        super().__init__(config, 2, proj_dim, proj_layers, batch_norm)
         self.initial_temperature = temperature
         self.log_temperature = nn.Parameter(torch.empty(()), requires_grad=learned_temperature)
 
     def init_weights(self):
         init.constant_(self.log_temperature, math.log(self.initial_temperature))
 
-    def contrast(self, embedded):
+    def contrast(self, embeddings, labels, keys):
         temperature = self.log_temperature.exp().clamp_min(0.01)
-        logits = nt_xent_logits(embedded["embeddings"], embedded["labels"], temperature)
+        logits = nt_xent_logits(embeddings, labels, temperature)
         with torch.no_grad():
             metrics = {
                 "accuracy": (logits.argmax(-1) == 0).float().sum(),

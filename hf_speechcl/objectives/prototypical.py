@@ -73,9 +73,10 @@ class Prototypical(UtteranceObjective):
         k_shot: support examples of a class.
         n_query: queries of a class.
         distance: "euclidean" (squared, as in the paper) or "cosine".
-        temperature: that scores are divided by (1 in the paper; 0.1 suits the cosine).
+        temperature: that scores are divided by (1 in the paper, whose embeddings have no batch norm: distances of 128
+            channels of variance 1 are some hundreds; 0.1 suits the cosine).
         proj_dim: channels of the projection.
-        proj_layers: linear layers of the projector.
+        proj_layers, batch_norm: of the projector, see `UtteranceObjective`.
 
     Source: Snell et al. 2017, "Prototypical networks for few-shot learning", arXiv 1703.05175, algorithm 1.
     """
@@ -89,22 +90,22 @@ class Prototypical(UtteranceObjective):
         k_shot: int = 1,
         n_query: int = 1,
         distance: str = "euclidean",
-        temperature: float = 1.0,
+        temperature: float = 10.0,
         proj_dim: int = 128,
         proj_layers: int = 2,
+        batch_norm: bool = True,
     ):
-        super().__init__(config, k_shot + n_query, proj_dim, proj_layers)
+        super().__init__(config, k_shot + n_query, proj_dim, proj_layers, batch_norm)
         check_choice("prototypical.distance", distance, DISTANCES)
         if n_way < 2:
             raise ValueError(f"prototypical.n_way must be at least 2, found {n_way}")
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.distance, self.temperature = distance, temperature
 
-    def contrast(self, embedded):
-        embeddings = embedded["embeddings"]
+    def contrast(self, embeddings, labels, keys):
         rows = embeddings.flatten(0, 1)
         support, queries, episodes, targets = draw_episodes(
-            embedded["labels"], embedded["keys"], embeddings.shape[1], self.n_way, self.k_shot, self.n_query
+            labels, keys, embeddings.shape[1], self.n_way, self.k_shot, self.n_query
         )
         prototypes = rows[support].mean(2)  # (E, W, K, D) -> (E, W, D)
         logits = prototype_logits(rows[queries], prototypes[episodes], self.distance, self.temperature)

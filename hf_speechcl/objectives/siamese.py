@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .base import ObjectiveOutput, check_choice, in_float32
-from .utterance import UtteranceObjective, distances, rows_and_labels
+from .utterance import UtteranceObjective, as_rows, distances
 
 
 @in_float32
@@ -55,11 +55,10 @@ class Siamese(UtteranceObjective):
         margin: of the contrastive form, m, in distances between unit vectors, which are 0 to 2.
         stop_gradient: of SimSiam. Without it everything collapses to one vector; off only to see that.
         proj_dim: channels of the projection.
-        proj_layers: linear layers of the projector.
+        proj_layers, batch_norm: of the projector, see `UtteranceObjective`.
 
     Of the contrastive form, all pairs of the update count, and those of the same class as much as the others together:
-    pairs of different classes are so many more. SimSiam differs from its paper in that its predictor has a layer norm
-    where the paper has batch norm, which would make a clip's loss depend on the batch.
+    pairs of different classes are so many more. SimSiam collapses without batch_norm, stop-gradient or not.
 
     Source: Hadsell et al. 2006; Chen and He 2020, arXiv 2011.10566.
     """
@@ -74,31 +73,30 @@ class Siamese(UtteranceObjective):
         stop_gradient: bool = True,
         proj_dim: int = 128,
         proj_layers: int = 2,
+        batch_norm: bool = True,
     ):
-        super().__init__(config, 2, proj_dim, proj_layers)
+        super().__init__(config, 2, proj_dim, proj_layers, batch_norm)
         check_choice("siamese.form", form, ("contrastive", "simsiam"))
         self.form, self.margin, self.stop_gradient = form, margin, stop_gradient
         if form == "simsiam":
             self.predictor = nn.Sequential(
-                nn.Linear(proj_dim, max(proj_dim // 4, 1)),
-                nn.LayerNorm(max(proj_dim // 4, 1)),
-                nn.GELU(),
-                nn.Linear(max(proj_dim // 4, 1), proj_dim),
+                nn.Linear(proj_dim, -(-proj_dim // 4)),
+                nn.BatchNorm1d(-(-proj_dim // 4)) if batch_norm else nn.Identity(),
+                nn.ReLU(),
+                nn.Linear(-(-proj_dim // 4), proj_dim),
             )
 
-    def embed(self, encoder, batch):
-        embedded = super().embed(encoder, batch)
+    def contrast(self, embeddings, labels, keys):
         if self.form == "simsiam":
-            embedded["predictions"] = self.predictor(embedded["embeddings"]).float()
-        return embedded
-
-    def contrast(self, embedded):
-        if self.form == "simsiam":
-            embeddings = embedded["embeddings"]
+            rows = embeddings.flatten(0, 1)
+            predictions = self.predictor(rows) if len(rows) else rows + self.predictor[0].weight.sum()
             targets = embeddings.detach() if self.stop_gradient else embeddings
-            num_items = torch.tensor(len(embeddings), device=embeddings.device)
-            return ObjectiveOutput(simsiam_loss(embedded["predictions"], targets), num_items, {})
-        losses, apart, same = pair_losses(*rows_and_labels(embedded), self.margin)
+            return ObjectiveOutput(
+                loss=simsiam_loss(predictions.view_as(embeddings), targets),
+                num_items=torch.tensor(len(embeddings), device=embeddings.device),
+                metrics={},
+            )
+        losses, apart, same = pair_losses(*as_rows(embeddings, labels), self.margin)
         num_same = same.sum()
         share = num_same / (~same).sum().clamp_min(1)
         weights = torch.where(same, 1.0, share)

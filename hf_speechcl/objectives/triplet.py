@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .base import ObjectiveOutput, check_choice, in_float32
-from .utterance import UtteranceObjective, distances, rows_and_labels
+from .utterance import UtteranceObjective, as_rows, distances
 
 MINING = ("batch_all", "batch_hard", "semi_hard")
 
@@ -67,10 +67,11 @@ class Triplet(UtteranceObjective):
         margin: in squared distances between unit vectors, which are 0 to 4 (0.2 in Schroff et al.).
         soft_margin: log(1 + exp(gap)) in place of max(0, margin + gap) (Hermans et al.).
         proj_dim: channels of the projection (128 in both papers).
-        proj_layers: linear layers of the projector.
+        proj_layers, batch_norm: of the projector, see `UtteranceObjective`.
 
-    With batch_all and a hard margin the loss is averaged over the triplets that do not yet keep the margin, as in
-    Hermans et al.; otherwise over all that the mining picks.
+    `accuracy` is the share of all triplets in which the positive is nearer. With batch_all and a hard margin the loss
+    is averaged over the triplets that do not yet keep the margin, as in Hermans et al.; otherwise over all that the
+    mining picks.
 
     Source: Schroff et al. 2015, arXiv 1503.03832, eq. 3; Hermans et al. 2017, arXiv 1703.07737.
     """
@@ -87,23 +88,25 @@ class Triplet(UtteranceObjective):
         soft_margin: bool = False,
         proj_dim: int = 128,
         proj_layers: int = 2,
+        batch_norm: bool = True,
     ):
-        super().__init__(config, 2, proj_dim, proj_layers)
+        super().__init__(config, 2, proj_dim, proj_layers, batch_norm)
         check_choice("triplet.mining", mining, MINING)
         self.mining, self.margin, self.soft_margin = mining, margin, soft_margin
 
-    def contrast(self, embedded):
-        gaps = triplet_gaps(*rows_and_labels(embedded), self.mining)
+    def contrast(self, embeddings, labels, keys):
+        gaps = triplet_gaps(*as_rows(embeddings, labels), self.mining)
         losses = nn.functional.softplus(gaps) if self.soft_margin else (gaps + self.margin).clamp_min(0)
         active = losses.detach() > 0
         only_active = self.mining == "batch_all" and not self.soft_margin
         num_items = active.sum() if only_active else torch.tensor(len(gaps), device=gaps.device)
         share = num_items / max(len(gaps), 1)
+        all_gaps = triplet_gaps(*as_rows(embeddings, labels), "batch_all").detach()
         return ObjectiveOutput(
             loss=losses.sum(),
             num_items=num_items,
             metrics={
-                "accuracy": (gaps < 0).sum() * share,
+                "accuracy": (all_gaps < 0).float().mean().nan_to_num() * num_items,
                 "chance": 0.5 * num_items,
                 "active_triplets": active.sum() * share,
             },

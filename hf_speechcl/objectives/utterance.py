@@ -8,7 +8,7 @@ from .base import Objective, ObjectiveOutput, frame_lengths
 
 
 class UtteranceObjective(Objective):
-    """An objective on one vector per view of a clip: encoder → mean over time → projector → comparison.
+    """An objective on one vector per view of a clip: encoder → mean and deviation over time → projector → comparison.
 
     It is run in two steps, since what it compares are all clips of an update, whatever micro-batches and ranks these
     are spread over: `embed` works on one batch; `compare` on the embeddings of all batches, with their rows joined.
@@ -22,26 +22,33 @@ class UtteranceObjective(Objective):
         num_views: views of each clip that are compared.
         proj_dim: channels of an embedding.
         proj_layers: linear layers of the projector, with GELU between, hidden_size wide inside.
+        batch_norm: bring every channel of the projection to mean 0 and variance 1 over all clips of the update (over
+            the run in evaluation). A new encoder gives almost the same vector for everything, and then nothing is
+            learned for long; this takes away what all clips have in common.
     """
 
-    def __init__(self, config, num_views: int, proj_dim: int, proj_layers: int):
+    def __init__(self, config, num_views: int, proj_dim: int, proj_layers: int, batch_norm: bool):
         super().__init__()
         self.num_views = num_views
+        width = 2 * config.hidden_size
         layers: list[nn.Module] = []
         for _ in range(proj_layers - 1):
-            layers += [nn.Linear(config.hidden_size, config.hidden_size), nn.GELU()]
-        self.projector = nn.Sequential(*layers, nn.Linear(config.hidden_size, proj_dim))
+            layers += [nn.Linear(width, config.hidden_size), nn.GELU()]
+            width = config.hidden_size
+        self.projector = nn.Sequential(*layers, nn.Linear(width, proj_dim))
+        self.batch_norm = nn.BatchNorm1d(proj_dim, affine=False) if batch_norm else nn.Identity()
 
     def collator_options(self):
         return {"num_views": self.num_views}
 
     def embed(self, encoder, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`embeddings` (B, num_views, proj_dim), `labels` (B,) and `keys` (B,); a subclass may add to them."""
+        """`embeddings` (B, num_views, proj_dim), `labels` (B,) and `keys` (B,)."""
         labels = batch["clip_labels"]
         views = {"input_values": batch["view_values"], "attention_mask": batch.get("view_attention_mask")}
         hidden_states = encoder(views["input_values"], attention_mask=views["attention_mask"]).last_hidden_state
-        pooled = mean_over_time(hidden_states, frame_lengths(encoder, views, hidden_states.shape[1]))
-        rows = self.projector(pooled).float()
+        rows = self.projector(
+            pool_statistics(hidden_states, frame_lengths(encoder, views, hidden_states.shape[1]))
+        ).float()
         if len(labels):
             embeddings = rows.view(len(labels), -1, rows.shape[-1])[:, : self.num_views]  # (B * V, D) -> (B, V, D)
         else:  # all clips were skipped: one row of silence stands in, which counts for nothing
@@ -50,13 +57,16 @@ class UtteranceObjective(Objective):
 
     def compare(self, embedded: dict[str, torch.Tensor]) -> ObjectiveOutput:
         """Loss of the clips that `embed` made vectors of, compared with each other in float32."""
-        with torch.autocast(embedded["embeddings"].device.type, enabled=False):
-            output = self.contrast(embedded)
-        output.states["embeddings"] = embedded["embeddings"].detach().flatten(0, 1)
+        embeddings = embedded["embeddings"]
+        with torch.autocast(embeddings.device.type, enabled=False):
+            if len(embeddings):
+                embeddings = self.batch_norm(embeddings.flatten(0, 1)).view_as(embeddings)
+            output = self.contrast(embeddings, embedded["labels"], embedded["keys"])
+        output.states["embeddings"] = embeddings.detach().flatten(0, 1)
         return output
 
-    def contrast(self, embedded: dict[str, torch.Tensor]) -> ObjectiveOutput:
-        """As `compare`; subclasses have it."""
+    def contrast(self, embeddings: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> ObjectiveOutput:
+        """Loss of (N, V, D), the views of N clips, with their labels (N,) and keys (N,); subclasses have it."""
         raise NotImplementedError
 
     def forward(self, encoder, batch):
@@ -66,16 +76,21 @@ class UtteranceObjective(Objective):
         raise TypeError("how many items clips make is known only when all clips of an update are compared")
 
 
-def mean_over_time(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean of (B, T, H) over each clip's own frames: (B, H)."""
-    mask = length_mask(lengths, frames.shape[1])[..., None]
-    return (frames * mask).sum(1) / lengths[:, None].clamp_min(1)
+def pool_statistics(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation of (B, T, H) over each clip's own frames: (B, 2H).
+
+    Source: Snyder et al. 2018, "X-vectors: robust DNN embeddings for speaker recognition", section 2.
+    """
+    mask, count = length_mask(lengths, frames.shape[1])[..., None], lengths[:, None].clamp_min(1)
+    frames = frames.float()
+    mean = (frames * mask).sum(1) / count
+    variance = ((frames - mean[:, None]).square() * mask).sum(1) / count
+    return torch.cat((mean, (variance + 1e-5).sqrt()), dim=-1)
 
 
-def rows_and_labels(embedded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All views as rows (N * V, D), and the label of each (N * V,)."""
-    embeddings = embedded["embeddings"]
-    return embeddings.flatten(0, 1), embedded["labels"].repeat_interleave(embeddings.shape[1])
+def as_rows(embeddings: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All views as rows, (N, V, D) -> (N * V, D), and the label of each (N * V,)."""
+    return embeddings.flatten(0, 1), labels.repeat_interleave(embeddings.shape[1])
 
 
 def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -35,9 +35,11 @@ class PretrainingDataArguments(CorpusArguments):
     min_seconds: float = option(0.4, "Shorter clips are left out.")
     mask_prob: float = option(0.65, "Length of all masked spans together, as a share of the clip; spans may overlap.")
     mask_span: float = option(0.2, "Length of a masked span in seconds.")
-    view_seconds: float = option(3.0, "Longest view, for objectives that compare clips; a view is 60 to 100% of a clip.")
+    view_seconds: float = option(
+        3.0, "Longest view, for objectives that compare clips; a view is 60 to 100% of a clip."
+    )
     view_augmentations: list[str] = option(
-        ["gain=1.0", "noise=0.5", "reverb=0.3", "band_limit=0.2"],
+        ["gain=1.0", "noise=0.3", "reverb=0.2"],
         "What is done to views, with what probability: speed, mix, reverb, noise, band_limit, clipping, gain, drop.",
     )
     corrupt_input: bool = option(False, "Masked objectives see corrupted input; their targets stay clean.")
@@ -46,7 +48,7 @@ class PretrainingDataArguments(CorpusArguments):
         "What corrupts the input, with what probability; as for views, but for speed.",
     )
     noise_corpus: list[str] = option([], "Sources of noise (as corpus, split train); without, noise is synthetic.")
-    snr_db: list[float] = option([0.0, 20.0], "Lowest and highest signal-to-noise ratio of added noise.")
+    snr_db: list[float] = option([5.0, 20.0], "Lowest and highest signal-to-noise ratio of added noise.")
     label_column: str | None = option(
         None, "Column with the class of every clip (speaker, keyword, language), for objectives that compare clips."
     )

@@ -23,7 +23,15 @@ VECTORS_PER_BATCH = 64
 STD_LIMITS = (0.05, 0.15)
 RANK_LIMITS = (1.5, 3.0)
 PERPLEXITY_LIMITS = (1.5, 4.0)
-DECISIVE = ("temperature", "temperature_start", "margin", "stop_gradient", "diversity_weight", "decay_start", "decay_end")
+DECISIVE = (
+    "temperature",
+    "temperature_start",
+    "margin",
+    "stop_gradient",
+    "diversity_weight",
+    "decay_start",
+    "decay_end",
+)
 
 
 class CollapseError(RuntimeError):
