@@ -93,7 +93,8 @@ class PretrainingCollator:
     - `clean_values` (B, S), where `input_values` are corrupted;
     - `view_values` (B * num_views, S'), `view_attention_mask`, `clip_labels` (B,) and `clip_keys` (B,), see
       `UtteranceObjective`. A view is a crop of its clip, of 60 to 100% of it and no longer than max_view_samples;
-    - `mask_feature_indices` (B, num_mel_bins) bool, a band of mel bins, and `log_mel_noise` (B, F, num_mel_bins).
+    - `mask_feature_indices` (B, num_mel_bins) bool, a band of mel bins, and `log_mel_noise` (B, F, num_mel_bins);
+    - `units` (B, T), padded with -100.
 
     What is drawn for a clip depends on its seed alone.
 
@@ -109,6 +110,7 @@ class PretrainingCollator:
         max_band: widest band of mel bins, of num_mel_bins, that is blanked in a clip.
         log_mel_noise_prob, log_mel_noise_std: share of clips with noise on their log-mel frames, one each hop_length
             samples, and its standard deviation.
+        units: units of a clip by its index and its number of encoder frames (`data.units.ClipUnits`).
     """
 
     frame_length: Callable[[int], int]
@@ -126,6 +128,7 @@ class PretrainingCollator:
     log_mel_noise_std: float = 0.0
     num_mel_bins: int = 80
     hop_length: int = 160
+    units: Callable[[int, int], np.ndarray] | None = None
 
     def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
         usable, batch = begin_batch(clips)
@@ -149,6 +152,10 @@ class PretrainingCollator:
             batch["clean_values"] = batch["input_values"]
             corrupted = [self.corruption(clip["input_values"], rng) for clip, rng in zip(usable, rngs)]
             batch["input_values"] = pad_waveforms(corrupted)["input_values"]
+        if self.units is not None:
+            rows = [self.units(clip["index"], length) for clip, length in zip(usable, lengths)]
+            num_frames = batch["mask_time_indices"].shape[1]
+            batch["units"] = stack_rows(rows or [np.zeros(0, dtype=np.int64)], num_frames, -100)
         return batch
 
     def _add_views(self, usable: list[dict], rngs: list[np.random.Generator], batch: dict[str, torch.Tensor]) -> None:

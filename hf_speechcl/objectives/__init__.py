@@ -5,6 +5,7 @@ from .best_rq import BestRQ
 from .cpc import CPC
 from .data2vec import Data2Vec
 from .denoising import Denoising
+from .hubert import HuBERT
 from .info_nce import InfoNCE
 from .masked_reconstruction import MaskedReconstruction
 from .prototypical import Prototypical
@@ -21,6 +22,7 @@ OBJECTIVES = {
     "cpc": CPC,
     "wav2vec2": Wav2Vec2Contrastive,
     "best_rq": BestRQ,
+    "hubert": HuBERT,
     "data2vec": Data2Vec,
     "denoising": Denoising,
     "masked_reconstruction": MaskedReconstruction,

@@ -13,7 +13,7 @@ from ..configuration_speechcl import SpeechCLConfig
 
 
 @dataclass
-class CorpusArguments:
+class SourceArguments:
     _argument_group_name = "corpus"
 
     corpus: list[str] = option(
@@ -25,14 +25,28 @@ class CorpusArguments:
     validation_fraction: float = option(0.05, "Share of clips held out where a source has no validation split.")
     train_split: str = option("train", "Split to train on; in folders, sub-folders named so (see README).")
     validation_split: str = option("validation", "Split to validate on, where a source has it.")
+
+
+@dataclass
+class CorpusArguments(SourceArguments):
     max_seconds_per_batch: float = option(40.0, "Seconds of audio in a batch on one device, padding included.")
 
 
 @dataclass
-class PretrainingDataArguments(CorpusArguments):
-    max_clips_per_batch: int | None = option(None, "Clips in a batch on one device, beside the limit in seconds.")
+class ClipArguments:
+    _argument_group_name = "corpus"
+
     max_seconds: float = option(15.0, "Longer recordings are split into equal parts of at most this many seconds.")
     min_seconds: float = option(0.4, "Shorter clips are left out.")
+
+    def __post_init__(self):
+        if self.max_seconds <= 0:
+            raise ValueError(f"max_seconds must be positive, found {self.max_seconds}")
+
+
+@dataclass
+class PretrainingDataArguments(ClipArguments, CorpusArguments):
+    max_clips_per_batch: int | None = option(None, "Clips in a batch on one device, beside the limit in seconds.")
     mask_prob: float = option(0.65, "Length of all masked spans together, as a share of the clip; spans may overlap.")
     mask_span: float = option(0.2, "Length of a masked span in seconds.")
     view_seconds: float = option(
@@ -53,9 +67,11 @@ class PretrainingDataArguments(CorpusArguments):
         None, "Column with the class of every clip (speaker, keyword, language), for objectives that compare clips."
     )
     clips_per_label: int = option(4, "Clips of each label in a batch, with label_column.")
+    units: str | None = option(None, "Folder of units, made by scripts/make_units.py, for the objective hubert.")
 
     def __post_init__(self):
-        for name in ("max_seconds", "mask_prob", "mask_span", "max_seconds_per_batch", "view_seconds"):
+        super().__post_init__()
+        for name in ("mask_prob", "mask_span", "max_seconds_per_batch", "view_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
         if self.max_clips_per_batch is not None and self.max_clips_per_batch < 1:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import Wav2Vec2FeatureExtractor, set_seed
@@ -11,6 +12,7 @@ from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data import PretrainingCollator, SpeechDataset
 from ..data.augment import Augmentation
 from ..data.corpora import load_corpus, load_train_and_validation
+from ..data.units import Units
 from ..hub import CURVES, USE_ENCODER, data_row, describe_model, describe_run, metrics_table, plot_curves, write_card
 from ..pretraining import SpeechCLForPreTraining, objective_options
 from .arguments import (
@@ -37,15 +39,18 @@ DESCRIPTION = """Pre-train a SpeechCL encoder on speech without transcripts.
   From a file, with one option changed; on all GPUs of a machine; a killed run goes on:
     accelerate launch scripts/pretrain.py --config scripts/configs/pretrain_base.yaml --learning_rate 1e-3
     accelerate launch scripts/pretrain.py --config scripts/configs/pretrain_base.yaml --resume_from_checkpoint last
+  The units of scripts/make_units.py, for the objective hubert:
+    python scripts/pretrain.py --objectives hubert --units runs/units --output_dir runs/hubert
 
 The output folder holds checkpoints, the model for AutoModel.from_pretrained, curves.png and a model card."""
 
 
-def build_model(model_args: PretrainingModelArguments) -> SpeechCLForPreTraining:
+def build_model(model_args: PretrainingModelArguments, units: Units | None = None) -> SpeechCLForPreTraining:
     """A new model of a named size, or one that goes on from a SpeechCL folder or Hub repository."""
     objectives = parse_objectives(model_args.objectives, model_args.objective_options)
     for name in objectives:
         objective_options(name)
+    fill_units(objectives, units)
     overrides = parse_config_options(model_args.encoder_options, "encoder_options")
     if model_args.encoder in SIZES:
         return SpeechCLForPreTraining(SpeechCLConfig.from_size(model_args.encoder, objectives=objectives, **overrides))
@@ -53,9 +58,33 @@ def build_model(model_args: PretrainingModelArguments) -> SpeechCLForPreTraining
         raise ValueError("encoder_options change a new encoder: leave them out with an encoder that has its weights")
     if not Path(model_args.encoder).is_dir() and "/" not in model_args.encoder:
         raise ValueError(f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
+    check_units(units, model_args.encoder)
     config = SpeechCLConfig.from_pretrained(model_args.encoder, objectives=objectives)
     # Objectives may have other options than those the folder was trained with: what no longer fits is drawn anew.
     return SpeechCLForPreTraining.from_pretrained(model_args.encoder, config=config, ignore_mismatched_sizes=True)
+
+
+def fill_units(objectives: dict[str, dict], units: Units | None) -> None:
+    """Set the options of hubert that the units decide.
+
+    Raises:
+        ValueError: hubert without units, units without hubert, or an option that says something else.
+    """
+    if "hubert" in objectives and units is None:
+        raise ValueError(
+            "the objective hubert needs units: make them with `python scripts/make_units.py --corpus CORPUS "
+            "--output_dir runs/units`, then add --units runs/units"
+        )
+    if units is not None:
+        if "hubert" not in objectives:
+            raise ValueError("units are for the objective hubert: add it to --objectives, or leave --units out")
+        objectives["hubert"] = units.fill(objectives["hubert"], "objective_options")
+
+
+def check_units(units: Units | None, folder: str) -> None:
+    """Refuse to go on from a model that was trained with other units."""
+    if units is not None:
+        units.fill((SpeechCLConfig.from_pretrained(folder).objectives or {}).get("hubert", {}), folder)
 
 
 def build_augmentation(field: str, data_args: PretrainingDataArguments, speech: SpeechDataset) -> Augmentation:
@@ -99,7 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     set_seed(args.seed)
-    model = build_model(model_args)
+    units = None if data_args.units is None else Units.load(data_args.units)
+    model = build_model(model_args, units)
+    if checkpoint is not None:
+        check_units(units, checkpoint)
     config = model.config
     keep_options(args, checkpoint, model_args, data_args)
 
@@ -118,13 +150,16 @@ def main(argv: list[str] | None = None) -> None:
     }
     for split, dataset in datasets.items():
         logger.info("%s: %d clips, %.2f hours", split, len(dataset), dataset.hours)
+    lookups = {split: None if units is None else units.of_clips(dataset, split) for split, dataset in datasets.items()}
 
+    collator = build_collator(model, data_args, datasets["train"])
     trainer = PretrainingTrainer(
         model=model,
         args=args,
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
-        data_collator=build_collator(model, data_args, datasets["train"]),
+        data_collator=replace(collator, units=lookups["train"]),
+        eval_collator=replace(collator, units=lookups["validation"]),
         max_clips_per_batch=data_args.max_clips_per_batch,
         clips_per_label=data_args.clips_per_label,
         view_seconds=data_args.view_seconds,
