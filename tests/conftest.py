@@ -37,6 +37,7 @@ SMALL_OBJECTIVES = {
     "cpc": {"weight": 1.0, "num_steps": 3, "num_negatives": 5},
     "wav2vec2": {"weight": 0.5, "num_negatives": 7, "codebook_size": 12, "codevector_dim": 16, "proj_dim": 16},
     "best_rq": {"weight": 1.0, "num_codebooks": 2, "codebook_size": 16, "codebook_dim": 4},
+    "hubert": {"weight": 0.7, "num_units": 10, "proj_dim": 16},
     "data2vec": {"weight": 1.0, "top_layers": 2},
     "denoising": {"weight": 1.0},
     "masked_reconstruction": {"weight": 1.0},
@@ -48,6 +49,11 @@ FAST_RUN = (
     "--eval_strategy no --save_strategy no --report_to none"
 ).split()
 TINY_OPTIONS = [f"{name}={value}" for name, value in TINY.items()]
+
+
+def units_of(index: int, num_frames: int) -> np.ndarray:
+    """Made-up units of a clip, for `SMALL_OBJECTIVES["hubert"]`."""
+    return np.random.default_rng(index).integers(SMALL_OBJECTIVES["hubert"]["num_units"], size=num_frames)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +93,7 @@ def quieter(clip, rng):
 def make_collator(model, **options):
     """A collator as the objectives of a `SpeechCLForPreTraining` need it."""
     return PretrainingCollator(
-        model._get_feat_extract_output_lengths, corruption=quieter, **{**model.collator_options(), **options}
+        model._get_feat_extract_output_lengths, corruption=quieter, units=units_of, **{**model.collator_options(), **options}
     )
 
 

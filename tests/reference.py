@@ -30,6 +30,18 @@ def masked_prediction_loss(logits, codes):
     return total
 
 
+def unit_loss(predictions, embeddings, units, temperature):
+    """Hsu et al. 2021, eq. 3, summed over masked frames: softmax over units of cosine similarity / temperature."""
+    total = 0.0
+    for prediction, unit in zip(predictions, units.tolist()):
+        scores = []
+        for embedding in embeddings:
+            cosine = (torch.dot(prediction, embedding) / (prediction.norm() * embedding.norm())).item()
+            scores.append(math.exp(cosine / temperature))
+        total -= math.log(scores[unit] / sum(scores))
+    return total
+
+
 def contrastive_loss(predictions, targets, codes, negatives, temperature):
     """Baevski et al. 2020, eq. 3, summed over masked frames; distractors with the codes of the target are left out."""
 

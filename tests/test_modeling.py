@@ -12,7 +12,7 @@ from hf_speechcl import (
     SpeechCLModel,
 )
 from hf_speechcl.data.collators import PretrainingCollator, pad_waveforms
-from tests.conftest import SMALL_OBJECTIVES, TINY
+from tests.conftest import SMALL_OBJECTIVES, TINY, units_of
 
 CLASSES = [SpeechCLModel, SpeechCLForCTC, SpeechCLForSequenceClassification, SpeechCLForPreTraining]
 
@@ -21,8 +21,8 @@ def frame_outputs(model, clips, seeds):
     """What a model says of each clip of a batch, without padding: lists of tensors."""
     if isinstance(model, SpeechCLForPreTraining):
         frame_length = model._get_feat_extract_output_lengths
-        collator = PretrainingCollator(frame_length, num_negatives=7)
-        batch = collator([{"input_values": clip, "seed": seed} for clip, seed in zip(clips, seeds)])
+        collator = PretrainingCollator(frame_length, num_negatives=7, units=units_of)
+        batch = collator([{"index": seed[-1], "input_values": clip, "seed": seed} for clip, seed in zip(clips, seeds)])
         batch.pop("num_skipped")
         outputs = model(**batch).objectives
         return [torch.stack([output.loss, output.num_items.float()]) for output in outputs.values()]
@@ -39,8 +39,12 @@ def frame_outputs(model, clips, seeds):
 @pytest.mark.parametrize("subsampling_factor", [2, 4, 8])
 @pytest.mark.parametrize("sliding_window", [None, 6])
 def test_clip_alone_equals_clip_in_padded_batch(model_class, subsampling_factor, sliding_window, clips):
+    hubert = SMALL_OBJECTIVES["hubert"] | {"samples_per_unit": 160 * subsampling_factor}
     config = SpeechCLConfig(
-        **TINY, objectives=SMALL_OBJECTIVES, subsampling_factor=subsampling_factor, sliding_window=sliding_window
+        **TINY,
+        objectives=SMALL_OBJECTIVES | {"hubert": hubert},
+        subsampling_factor=subsampling_factor,
+        sliding_window=sliding_window,
     )
     model = model_class(config).eval()
     seeds = [(0, 0, number) for number in range(len(clips))]
@@ -164,8 +168,8 @@ def test_loss_and_gradients_are_finite_on_odd_signals(model_class, signal, pretr
     clip = values[signal].astype(np.float32)
     model = model_class(pretraining_config).train()
     if model_class is SpeechCLForPreTraining:
-        batch = PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=7)(
-            [{"input_values": clip, "seed": (0, 0, 0)}]
+        batch = PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=7, units=units_of)(
+            [{"index": 0, "input_values": clip, "seed": (0, 0, 0)}]
         )
         batch.pop("num_skipped")
         loss = model(**batch).loss

@@ -12,12 +12,14 @@ from hf_speechcl.objectives.wav2vec2 import Wav2Vec2Contrastive, contrastive_log
 from hf_speechcl.pretraining import build_objective
 from hf_speechcl.quantizers import GumbelVectorQuantizer, RandomProjectionQuantizer, code_histogram, perplexity
 from tests import reference
-from tests.conftest import SMALL_OBJECTIVES, TINY
+from tests.conftest import SMALL_OBJECTIVES, TINY, units_of
 
 
 def make_batch(model, clips, num_negatives=7):
-    collator = PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=num_negatives)
-    batch = collator([{"input_values": clip, "seed": (0, 0, number)} for number, clip in enumerate(clips)])
+    collator = PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=num_negatives, units=units_of)
+    batch = collator(
+        [{"index": number, "input_values": clip, "seed": (0, 0, number)} for number, clip in enumerate(clips)]
+    )
     batch.pop("num_skipped")
     return batch
 
@@ -157,15 +159,15 @@ def test_objectives_share_one_encoder_pass(pretraining_config, clips):
     calls = []
     model.speechcl.register_forward_hook(lambda *args: calls.append(1))
     outputs = model(**make_batch(model, clips)).objectives
-    assert set(outputs) == {"best_rq", "wav2vec2"}
+    assert set(outputs) == set(SMALL_OBJECTIVES)
     assert len(calls) == 1
 
 
 def test_loss_is_the_weighted_sum_of_means(pretraining_config, clips):
     model = SpeechCLForPreTraining(pretraining_config).eval()
     output = model(**make_batch(model, clips))
-    best_rq, wav2vec2 = output.objectives["best_rq"], output.objectives["wav2vec2"]
-    expected = best_rq.loss / best_rq.num_items + 0.5 * wav2vec2.loss / wav2vec2.num_items
+    means = {name: part.loss / part.num_items for name, part in output.objectives.items()}
+    expected = means["best_rq"] + 0.5 * means["wav2vec2"] + 0.7 * means["hubert"]
     torch.testing.assert_close(output.loss, expected)
 
 
@@ -220,7 +222,8 @@ def test_wav2vec2_loss_equals_that_of_transformers(wav2vec2_config, clips, monke
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_work_on_a_wav2vec2_encoder(name, wav2vec2_config, clips):
     encoder = Wav2Vec2Model(wav2vec2_config)
-    objective = build_objective(name, wav2vec2_config, SMALL_OBJECTIVES[name])
+    options = {"samples_per_unit": 320} if name == "hubert" else {}
+    objective = build_objective(name, wav2vec2_config, SMALL_OBJECTIVES[name] | options)
     for module in objective.modules():
         if hasattr(module, "init_weights"):
             module.init_weights()

@@ -24,7 +24,7 @@ from hf_speechcl.training.arguments import (
 from hf_speechcl.training.pretrain import build_model
 from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
 
-SCRIPTS = ["pretrain.py", "finetune_ctc.py", "evaluate.py"]
+SCRIPTS = ["pretrain.py", "make_units.py", "finetune_ctc.py", "evaluate.py"]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from hf_speechcl.data import CTCCollator, PretrainingCollator
 from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
 from hf_speechcl.training.finetune_ctc import CTCTrainer, CTCTrainingArguments
 from hf_speechcl.training.trainer import PretrainingTrainer, find_checkpoint, keep_options
-from tests.conftest import FAST_RUN, ROOT, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, run_script
+from tests.conftest import FAST_RUN, ROOT, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, run_script, units_of
 
 
 def make_pretraining_trainer(corpus, output_dir, objectives=SMALL_OBJECTIVES):
@@ -28,7 +28,7 @@ def make_pretraining_trainer(corpus, output_dir, objectives=SMALL_OBJECTIVES):
         args=SpeechTrainingArguments(output_dir=str(output_dir), use_cpu=True, report_to="none"),
         train_dataset=dataset,
         eval_dataset=dataset,
-        data_collator=PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=7),
+        data_collator=PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=7, units=units_of),
         max_seconds_per_batch=8,
     )
 
@@ -59,7 +59,7 @@ def gradients(trainer, micro_batches):
     return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["best_rq", "wav2vec2", "both", "ctc"])
+@pytest.mark.parametrize("kind", [*SMALL_OBJECTIVES, "all", "ctc"])
 def test_gradient_of_one_batch_equals_gradient_of_unequal_micro_batches(kind, corpus, tmp_path, monkeypatch):
     # Gumbel noise is drawn per batch and would differ; everything else that is random belongs to a clip.
     monkeypatch.setattr(
@@ -74,7 +74,7 @@ def test_gradient_of_one_batch_equals_gradient_of_unequal_micro_batches(kind, co
     if kind == "ctc":
         trainer = make_ctc_trainer(corpus, tmp_path)
     else:
-        objectives = SMALL_OBJECTIVES if kind == "both" else {kind: SMALL_OBJECTIVES[kind]}
+        objectives = SMALL_OBJECTIVES if kind == "all" else {kind: SMALL_OBJECTIVES[kind]}
         trainer = make_pretraining_trainer(corpus, tmp_path, objectives)
     items = [trainer.train_dataset[0, index] for index in range(12)]
     collate = trainer.data_collator

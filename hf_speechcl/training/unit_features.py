@@ -1,4 +1,7 @@
-"""What units are clusters of: MFCCs, or a layer of a trained encoder. Each clip is seen alone, so none is padded."""
+"""What units are clusters of: MFCCs, or a layer of a trained encoder.
+
+Both take one clip at a time, so that nothing is padded and a clip's units do not depend on others.
+"""
 
 import hashlib
 import logging
