@@ -334,7 +334,7 @@ def test_model_remembers_its_units(encoder1, units1):
 
 
 def test_second_iteration_from_a_layer_of_the_first(encoder1, tmp_path):
-    second = make(tmp_path / "units", "--features", encoder1, "--layer", 1)
+    second = make(tmp_path / "units", "--features", encoder1, "--layer", 1, "--fit_hours", 0.05)
     assert second.centroids.shape == (20, 32)
     train(tmp_path / "encoder", "--units", second.folder, "--encoder_options", *TINY_OPTIONS)
     config = SpeechCLConfig.from_pretrained(tmp_path / "encoder")

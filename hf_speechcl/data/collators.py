@@ -153,7 +153,7 @@ class PretrainingCollator:
             corrupted = [self.corruption(clip["input_values"], rng) for clip, rng in zip(usable, rngs)]
             batch["input_values"] = pad_waveforms(corrupted)["input_values"]
         if self.units is not None:
-            rows = [self.units(clip["index"], length) for clip, length in zip(usable, lengths)]
+            rows = [self.units(clip["index"], int(length)) for clip, length in zip(usable, lengths)]
             num_frames = batch["mask_time_indices"].shape[1]
             batch["units"] = stack_rows(rows or [np.zeros(0, dtype=np.int64)], num_frames, -100)
         return batch
