@@ -136,7 +136,7 @@ class PretrainingCollator:
         batch["mask_time_indices"], counts = draw_masks(
             usable, rngs, batch, self.frame_length, self.mask_prob, self.mask_span
         )
-        lengths = [self.frame_length(len(clip["input_values"])) for clip in usable]
+        lengths = [int(self.frame_length(len(clip["input_values"]))) for clip in usable]
         batch["frame_counts"] = torch.tensor(lengths or [0])
         if self.num_negatives:
             batch["negative_indices"] = join_negatives(counts, self.num_negatives, rngs)
@@ -153,7 +153,7 @@ class PretrainingCollator:
             corrupted = [self.corruption(clip["input_values"], rng) for clip, rng in zip(usable, rngs)]
             batch["input_values"] = pad_waveforms(corrupted)["input_values"]
         if self.units is not None:
-            rows = [self.units(clip["index"], int(length)) for clip, length in zip(usable, lengths)]
+            rows = [self.units(clip["index"], length) for clip, length in zip(usable, lengths)]
             num_frames = batch["mask_time_indices"].shape[1]
             batch["units"] = stack_rows(rows or [np.zeros(0, dtype=np.int64)], num_frames, -100)
         return batch
