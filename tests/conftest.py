@@ -93,7 +93,10 @@ def quieter(clip, rng):
 def make_collator(model, **options):
     """A collator as the objectives of a `SpeechCLForPreTraining` need it."""
     return PretrainingCollator(
-        model._get_feat_extract_output_lengths, corruption=quieter, units=units_of, **{**model.collator_options(), **options}
+        model._get_feat_extract_output_lengths,
+        corruption=quieter,
+        units=units_of,
+        **{**model.collator_options(), **options},
     )
 
 

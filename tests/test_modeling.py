@@ -11,8 +11,8 @@ from hf_speechcl import (
     SpeechCLForSequenceClassification,
     SpeechCLModel,
 )
-from hf_speechcl.data.collators import PretrainingCollator, pad_waveforms
-from tests.conftest import SMALL_OBJECTIVES, TINY, units_of
+from hf_speechcl.data.collators import pad_waveforms
+from tests.conftest import SMALL_OBJECTIVES, TINY, make_batch, make_collator
 
 CLASSES = [SpeechCLModel, SpeechCLForCTC, SpeechCLForSequenceClassification, SpeechCLForPreTraining]
 
@@ -20,12 +20,17 @@ CLASSES = [SpeechCLModel, SpeechCLForCTC, SpeechCLForSequenceClassification, Spe
 def frame_outputs(model, clips, seeds):
     """What a model says of each clip of a batch, without padding: lists of tensors."""
     if isinstance(model, SpeechCLForPreTraining):
-        frame_length = model._get_feat_extract_output_lengths
-        collator = PretrainingCollator(frame_length, num_negatives=7, units=units_of)
-        batch = collator([{"index": seed[-1], "input_values": clip, "seed": seed} for clip, seed in zip(clips, seeds)])
+        items = [
+            {"index": seed[-1], "label": seed[-1], "input_values": clip, "seed": seed}
+            for clip, seed in zip(clips, seeds)
+        ]
+        batch = make_collator(model)(items)
         batch.pop("num_skipped")
-        outputs = model(**batch).objectives
-        return [torch.stack([output.loss, output.num_items.float()]) for output in outputs.values()]
+        outputs = model(**batch, compare=False)
+        embeddings = [embedded["embeddings"].sum(0) for embedded in outputs.embedded.values()]
+        return embeddings + [
+            torch.stack([output.loss, output.num_items.float()]) for output in outputs.objectives.values()
+        ]
     batch = pad_waveforms(clips)
     outputs = model(**batch)
     if isinstance(model, SpeechCLForSequenceClassification):
@@ -51,7 +56,7 @@ def test_clip_alone_equals_clip_in_padded_batch(model_class, subsampling_factor,
     together = frame_outputs(model, clips, seeds)
     alone = [frame_outputs(model, [clip], [seed]) for clip, seed in zip(clips, seeds)]
     if model_class is SpeechCLForPreTraining:  # sums over the batch
-        alone = [torch.stack(parts).sum(0) for parts in zip(*alone)]
+        alone = [sum(parts) for parts in zip(*alone)]
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     else:
         torch.testing.assert_close(together, [outputs[0] for outputs in alone], rtol=0, atol=1e-4)
@@ -168,10 +173,7 @@ def test_loss_and_gradients_are_finite_on_odd_signals(model_class, signal, pretr
     clip = values[signal].astype(np.float32)
     model = model_class(pretraining_config).train()
     if model_class is SpeechCLForPreTraining:
-        batch = PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=7, units=units_of)(
-            [{"index": 0, "input_values": clip, "seed": (0, 0, 0)}]
-        )
-        batch.pop("num_skipped")
+        batch = make_batch(model, [clip, clip])
         loss = model(**batch).loss
     elif model_class is SpeechCLModel:
         loss = model(torch.from_numpy(clip)[None]).last_hidden_state.square().mean()

@@ -59,7 +59,9 @@ class CPC(Objective):
 
     def forward(self, encoder, batch):
         if not hasattr(encoder, "causal_reach"):
-            raise TypeError(f"cpc needs an encoder that can be run causally, as SpeechCLModel; found {encoder.config}")
+            raise TypeError(
+                f"cpc needs an encoder that can be run causally, as SpeechCLModel; found {type(encoder).__name__}"
+            )
         outputs = encoder(batch["input_values"], attention_mask=batch.get("attention_mask"), causal=True)
         times = torch.arange(outputs.last_hidden_state.shape[1], device=batch["frame_counts"].device)
         own = times < batch["frame_counts"][:, None]
