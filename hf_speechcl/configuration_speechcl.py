@@ -39,6 +39,9 @@ class SpeechCLConfig(PreTrainedConfig):
             fixed rather than measured per clip, so that a chunk of a recording gives the frames of the whole.
         subsampling_factor: log-mel frames per encoder frame: 2, 4 or 8 (20, 40 or 80 ms).
         conv_dim: channels of the subsampling convolutions, and of `extract_features`.
+        perceptron_dims: widths of a perceptron that each log-mel frame goes through in place of the convolutions, and
+            without layer norms; the last is conv_dim, subsampling_factor is 1. For very small encoders, with
+            num_hidden_layers 0 for no Transformer at all.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act: the Transformer.
         hidden_dropout, activation_dropout, attention_dropout, feat_proj_dropout, final_dropout: dropout
             probabilities after each sub-layer, inside the feed-forward, on attention weights, after the feature
@@ -71,6 +74,7 @@ class SpeechCLConfig(PreTrainedConfig):
     log_mel_std: float | int = 4.7
     subsampling_factor: int = 4
     conv_dim: int = 256
+    perceptron_dims: list | None = None
     hidden_size: int = 256
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
@@ -103,8 +107,18 @@ class SpeechCLConfig(PreTrainedConfig):
         return cls(**{**SIZES[size], **overrides})
 
     def validate_architecture(self):
-        if self.subsampling_factor not in (2, 4, 8):
+        if self.perceptron_dims is None and self.subsampling_factor not in (2, 4, 8):
             raise ValueError(f"subsampling_factor must be 2, 4 or 8, found {self.subsampling_factor}")
+        if self.perceptron_dims is not None:
+            if self.subsampling_factor != 1:
+                raise ValueError(
+                    f"subsampling_factor must be 1 with perceptron_dims, which are for single frames, found "
+                    f"{self.subsampling_factor}"
+                )
+            if not self.perceptron_dims or self.perceptron_dims[-1] != self.conv_dim:
+                raise ValueError(
+                    f"perceptron_dims must end with conv_dim ({self.conv_dim}), found {self.perceptron_dims}"
+                )
         positive = "sampling_rate num_mel_bins hop_length conv_dim num_attention_heads intermediate_size"
         for name in positive.split():
             if getattr(self, name) < 1:

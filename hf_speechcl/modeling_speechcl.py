@@ -108,6 +108,23 @@ class SpeechCLSubsampling(nn.Module):
         return hidden_states.transpose(1, 2)
 
 
+class SpeechCLFramePerceptron(nn.Module):
+    """Linear layers with activations, on each log-mel frame alone."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__()
+        widths = [config.num_mel_bins, *config.perceptron_dims]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, log_mel: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """(B, F, num_mel_bins) → (B, F, conv_dim)."""
+        hidden_states = log_mel
+        for layer in self.layers:
+            hidden_states = self.activation(layer(hidden_states.to(layer.weight.dtype)))
+        return hidden_states
+
+
 def rotary_embeddings(config: SpeechCLConfig, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of rotary positions for (B, T, H) states, each (T, head_dim), computed in float32.
 
@@ -245,13 +262,17 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
     def __init__(self, config: SpeechCLConfig):
         super().__init__(config)
         self.log_mel = SpeechCLLogMel(config)
-        self.subsampling = SpeechCLSubsampling(config)
-        self.feature_norm = nn.LayerNorm(config.conv_dim, eps=config.layer_norm_eps)
+        if config.perceptron_dims is None:
+            self.subsampling = SpeechCLSubsampling(config)
+            self.feature_norm = nn.LayerNorm(config.conv_dim, eps=config.layer_norm_eps)
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            self.subsampling = SpeechCLFramePerceptron(config)
+            self.feature_norm = self.norm = nn.Identity()
         self.feature_projection = nn.Linear(config.conv_dim, config.hidden_size)
         self.feature_dropout = nn.Dropout(config.feat_proj_dropout)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
         self.layers = nn.ModuleList(SpeechCLEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @property

@@ -158,7 +158,7 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("pretrain.py", ["--objectives", "bestrq=1"], "unknown objective 'bestrq': expected one of best_rq, wav2vec2"),
+        ("pretrain.py", ["--objectives", "bestrq=1"], "unknown objective 'bestrq': expected one of info_nce"),
         ("pretrain.py", ["--objectives", "best_rq=nan"], "weight of best_rq must be a positive number"),
         ("pretrain.py", ["--objective_options", "best_rq.size=2"], "has no option size: it takes num_codebooks"),
         ("pretrain.py", ["--objective_options", "wav2vec2.temperature=2"], "with one of best_rq, found wav2vec2"),

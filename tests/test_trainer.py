@@ -13,22 +13,35 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForPreTraining, SpeechDataset
-from hf_speechcl.data import CTCCollator, PretrainingCollator
+from hf_speechcl.data import CTCCollator
 from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
 from hf_speechcl.training.finetune_ctc import CTCTrainer, CTCTrainingArguments
-from hf_speechcl.training.trainer import PretrainingTrainer, find_checkpoint, keep_options
-from tests.conftest import FAST_RUN, ROOT, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, run_script, units_of
+from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
+from hf_speechcl.training.trainer import find_checkpoint, keep_options
+from tests.conftest import FAST_RUN, ROOT, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, make_collator, run_script
+
+VARIANTS = {
+    "simsiam": {"siamese": {"form": "simsiam", "proj_dim": 12}},
+    "learned temperature": {"info_nce": {"learned_temperature": True, "proj_dim": 12}},
+    "all": SMALL_OBJECTIVES,
+}
+KINDS = [*SMALL_OBJECTIVES, *VARIANTS]
 
 
-def make_pretraining_trainer(corpus, output_dir, objectives=SMALL_OBJECTIVES):
+def objectives_of(kind: str) -> dict:
+    return VARIANTS.get(kind) or {kind: SMALL_OBJECTIVES[kind]}
+
+
+def make_pretraining_trainer(corpus, output_dir, objectives=SMALL_OBJECTIVES, **arguments):
     model = SpeechCLForPreTraining(SpeechCLConfig(**TINY, objectives=objectives))
     dataset = SpeechDataset(corpus.select(range(12)), 16000)
+    dataset.labels %= 9  # three pairs of clips are of the same class
     return PretrainingTrainer(
         model=model,
-        args=SpeechTrainingArguments(output_dir=str(output_dir), use_cpu=True, report_to="none"),
+        args=SpeechTrainingArguments(output_dir=str(output_dir), use_cpu=True, report_to="none", **arguments),
         train_dataset=dataset,
         eval_dataset=dataset,
-        data_collator=PretrainingCollator(model._get_feat_extract_output_lengths, num_negatives=7, units=units_of),
+        data_collator=make_collator(model),
         max_seconds_per_batch=8,
     )
 
@@ -50,40 +63,88 @@ def make_ctc_trainer(corpus, output_dir, **arguments):
     )
 
 
-def gradients(trainer, micro_batches):
-    """Gradients that the trainer accumulates over the micro-batches of one update, and the loss that it reports."""
+def gradients(trainer, micro_batches, model=None):
+    """The loss that the trainer reports for one update of these micro-batches, and the gradients it accumulates."""
     trainer.model.zero_grad()
     batches, counts = trainer.get_batch_samples(iter(micro_batches), len(micro_batches), trainer.args.device)
     trainer.current_gradient_accumulation_steps = len(batches)
-    loss = sum(trainer.training_step(trainer.model, batch, counts) for batch in batches)
+    loss = sum(trainer.training_step(model or trainer.model, batch, counts) for batch in batches)
     return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", [*SMALL_OBJECTIVES, "all", "ctc"])
-def test_gradient_of_one_batch_equals_gradient_of_unequal_micro_batches(kind, corpus, tmp_path, monkeypatch):
-    # Gumbel noise is drawn per batch and would differ; everything else that is random belongs to a clip.
-    monkeypatch.setattr(
-        nn.functional,
-        "gumbel_softmax",
-        lambda logits, tau, hard: (
-            nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
-            + (logits / tau).softmax(-1)
-            - (logits / tau).softmax(-1).detach()
-        ),
+def quiet_gumbel_softmax(logits, tau, hard):
+    """Gumbel noise is drawn per batch and would differ; everything else that is random belongs to a clip."""
+    soft = (logits / tau).softmax(-1)
+    return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]) + soft - soft.detach()
+
+
+def assert_equal(found, expected, what=""):
+    """Losses and gradients equal to a hundred-thousandth of the largest gradient."""
+    largest = max(gradient.abs().max().item() for gradient in expected[1].values())
+    assert largest > 1e-3
+    torch.testing.assert_close(
+        found, expected, rtol=1e-5, atol=1e-5 * max(largest, 1), msg=lambda text: f"{what}: {text}"
     )
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "ctc"])
+def test_gradient_of_one_batch_equals_gradient_of_unequal_micro_batches(kind, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.functional, "gumbel_softmax", quiet_gumbel_softmax)
     if kind == "ctc":
         trainer = make_ctc_trainer(corpus, tmp_path)
     else:
-        objectives = SMALL_OBJECTIVES if kind == "all" else {kind: SMALL_OBJECTIVES[kind]}
-        trainer = make_pretraining_trainer(corpus, tmp_path, objectives)
+        trainer = make_pretraining_trainer(corpus, tmp_path, objectives_of(kind))
     items = [trainer.train_dataset[0, index] for index in range(12)]
     collate = trainer.data_collator
     whole = gradients(trainer, [collate(items)])
     parts = [collate(items[:1]), collate(items[1:9]), collate(items[9:])]
-    counts = [sum(count.item() for count in trainer.count_items(part).values()) for part in parts]
-    assert len(set(counts)) == 3
-    torch.testing.assert_close(gradients(trainer, parts), whole, rtol=1e-5, atol=1e-5)
-    assert max(gradient.abs().max() for gradient in whole[1].values()) > 1e-3
+    counts = [trainer.count_items(part) for part in parts]
+    assert all(len({int(count[name]) for count in counts}) == 3 for name in counts[0])
+    assert_equal(gradients(trainer, parts), whole)
+
+
+def test_gradient_of_one_batch_equals_gradient_of_two_ranks(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.functional, "gumbel_softmax", quiet_gumbel_softmax)
+    launch(ROOT / "tests" / "two_ranks.py", tmp_path / "gradients.pt")
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert {kind for kind, _ in found} == set(KINDS)
+    for (kind, spread), gradients_found in found.items():
+        torch.manual_seed(0)
+        trainer = make_pretraining_trainer(corpus, tmp_path, objectives_of(kind))
+        whole = gradients(trainer, [trainer.data_collator([trainer.train_dataset[0, i] for i in range(12)])])
+        assert_equal(gradients_found, whole, f"{kind}, {spread}")
+
+
+def test_cached_gradient_equals_that_of_one_batch_with_dropout(corpus, tmp_path):
+    """Both encodings of a micro-batch draw the same; so the first and only micro-batch is a batch."""
+    trainer = make_pretraining_trainer(corpus, tmp_path, {"info_nce": SMALL_OBJECTIVES["info_nce"]})
+    for module in trainer.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    batch = trainer.data_collator([trainer.train_dataset[0, index] for index in range(6)])
+    torch.manual_seed(1)
+    whole = gradients(trainer, [dict(batch)])
+    torch.manual_seed(1)
+    trainer.num_micro_batches, trainer.micro_batch = 1, 0
+    trainer._cache_gradients([dict(batch)])
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, dict(batch), {})
+    assert loss == pytest.approx(whole[0].item(), rel=1e-6)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, whole[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_grad_cache_micro_batches_are_compared_each_for_itself(corpus, tmp_path):
+    objectives = {"info_nce": SMALL_OBJECTIVES["info_nce"]}
+    trainer = make_pretraining_trainer(corpus, tmp_path, objectives, grad_cache=False)
+    items = [trainer.train_dataset[0, index] for index in range(12)]
+    parts = [trainer.data_collator(items[:5]), trainer.data_collator(items[5:])]
+    alone = [gradients(trainer, [part]) for part in map(dict, parts)]
+    loss, found = gradients(trainer, parts)
+    assert loss == pytest.approx(sum(loss for loss, _ in alone).item() / 2, rel=1e-5)
+    expected = {name: (alone[0][1][name] + alone[1][1][name]) / 2 for name in found}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_validation_loss_is_the_same_every_time_and_does_not_depend_on_the_batches(corpus, tmp_path):
@@ -219,9 +280,9 @@ def test_run_killed_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(tm
 
 
 def launch(script, *arguments):
-    """Run a script of the repository on two processes."""
+    """Run a script on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts" / script), *map(str, arguments)]
+    command += [str(script), *map(str, arguments)]
     result = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -233,7 +294,7 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
     common = ["--max_steps", 4, "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--optim", "sgd"]
     common += ["--objectives", "best_rq=1", "--learning_rate", "0.1"]
     run_script("pretrain.py", *common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
-    launch("pretrain.py", *common, "--output_dir", tmp_path / "two")
+    launch(ROOT / "scripts" / "pretrain.py", *common, "--output_dir", tmp_path / "two")
     one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
 
@@ -248,13 +309,13 @@ def test_two_processes_score_as_one_does_even_if_one_has_no_batch(tmp_path, audi
     common = ["--corpus", audio_folder, "--model", "tiny", "--model_options", *TINY_OPTIONS, "--max_steps", 1]
     common += [*FAST_RUN, "--learning_rate", 0, "--head_learning_rate", 0, "--max_seconds_per_batch", 60]
     run_script("finetune_ctc.py", *common, "--output_dir", tmp_path / "one")
-    launch("finetune_ctc.py", *common, "--output_dir", tmp_path / "two")
+    launch(ROOT / "scripts" / "finetune_ctc.py", *common, "--output_dir", tmp_path / "two")
     one, two = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
     assert two["eval_wer"] == one["eval_wer"]
     scores = ["--model", tmp_path / "one", "--corpus", audio_folder, "--split", "train", "--device", "cpu"]
     run_script("evaluate.py", *scores, "--output_file", tmp_path / "one.json")
-    launch("evaluate.py", *scores, "--output_file", tmp_path / "two.json")
+    launch(ROOT / "scripts" / "evaluate.py", *scores, "--output_file", tmp_path / "two.json")
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 
 

@@ -43,8 +43,7 @@ class InfoNCE(UtteranceObjective):
         temperature: τ (0.1; Chen et al. find 0.1 to 0.5 good).
         learned_temperature: train τ from there on, as exp of a parameter, not below 0.01 (Radford et al. 2021, arXiv
             2103.00020, section 2.5).
-        proj_dim: channels of the projection (128 in Chen et al.).
-        proj_layers, batch_norm: of the projector, see `UtteranceObjective` (2 and on in Chen et al.).
+        pooling, proj_dim, proj_layers, batch_norm: from frames to an embedding, see `UtteranceObjective`.
 
     Source: Chen et al. 2020, arXiv 2002.05709; van den Oord et al. 2018, arXiv 1807.03748, eq. 4.
     """
@@ -56,11 +55,12 @@ class InfoNCE(UtteranceObjective):
         config,
         temperature: float = 0.1,
         learned_temperature: bool = False,
+        pooling: str = "statistics",
         proj_dim: int = 128,
         proj_layers: int = 2,
         batch_norm: bool = True,
     ):
-        super().__init__(config, 2, proj_dim, proj_layers, batch_norm)
+        super().__init__(config, 2, pooling, proj_dim, proj_layers, batch_norm)
         self.initial_temperature = temperature
         self.log_temperature = nn.Parameter(torch.empty(()), requires_grad=learned_temperature)
 

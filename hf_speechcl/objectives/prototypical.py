@@ -75,8 +75,7 @@ class Prototypical(UtteranceObjective):
         distance: "euclidean" (squared, as in the paper) or "cosine".
         temperature: that scores are divided by (1 in the paper, whose embeddings have no batch norm: distances of 128
             channels of variance 1 are some hundreds; 0.1 suits the cosine).
-        proj_dim: channels of the projection.
-        proj_layers, batch_norm: of the projector, see `UtteranceObjective`.
+        pooling, proj_dim, proj_layers, batch_norm: from frames to an embedding, see `UtteranceObjective`.
 
     Source: Snell et al. 2017, "Prototypical networks for few-shot learning", arXiv 1703.05175, algorithm 1.
     """
@@ -91,11 +90,12 @@ class Prototypical(UtteranceObjective):
         n_query: int = 1,
         distance: str = "euclidean",
         temperature: float = 10.0,
+        pooling: str = "statistics",
         proj_dim: int = 128,
         proj_layers: int = 2,
         batch_norm: bool = True,
     ):
-        super().__init__(config, k_shot + n_query, proj_dim, proj_layers, batch_norm)
+        super().__init__(config, k_shot + n_query, pooling, proj_dim, proj_layers, batch_norm)
         check_choice("prototypical.distance", distance, DISTANCES)
         if n_way < 2:
             raise ValueError(f"prototypical.n_way must be at least 2, found {n_way}")

@@ -54,8 +54,7 @@ class Siamese(UtteranceObjective):
         form: "contrastive" (Hadsell et al. 2006) or "simsiam" (Chen and He 2020; views only, labels are not used).
         margin: of the contrastive form, m, in distances between unit vectors, which are 0 to 2.
         stop_gradient: of SimSiam. Without it everything collapses to one vector; off only to see that.
-        proj_dim: channels of the projection.
-        proj_layers, batch_norm: of the projector, see `UtteranceObjective`.
+        pooling, proj_dim, proj_layers, batch_norm: from frames to an embedding, see `UtteranceObjective`.
 
     Of the contrastive form, all pairs of the update count, and those of the same class as much as the others together:
     pairs of different classes are so many more. SimSiam collapses without batch_norm, stop-gradient or not.
@@ -71,16 +70,17 @@ class Siamese(UtteranceObjective):
         form: str = "contrastive",
         margin: float = 1.0,
         stop_gradient: bool = True,
+        pooling: str = "statistics",
         proj_dim: int = 128,
         proj_layers: int = 2,
         batch_norm: bool = True,
     ):
-        super().__init__(config, 2, proj_dim, proj_layers, batch_norm)
+        super().__init__(config, 2, pooling, proj_dim, proj_layers, batch_norm)
         check_choice("siamese.form", form, ("contrastive", "simsiam"))
         self.form, self.margin, self.stop_gradient = form, margin, stop_gradient
         if form == "simsiam":
             self.predictor = nn.Sequential(
-                nn.Linear(proj_dim, -(-proj_dim // 4)),
+                nn.Linear(proj_dim, -(-proj_dim // 4), bias=not batch_norm),
                 nn.BatchNorm1d(-(-proj_dim // 4)) if batch_norm else nn.Identity(),
                 nn.ReLU(),
                 nn.Linear(-(-proj_dim // 4), proj_dim),

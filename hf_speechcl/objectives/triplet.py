@@ -66,8 +66,7 @@ class Triplet(UtteranceObjective):
         mining: which triplets of the update count: batch_all, batch_hard or semi_hard (see `triplet_gaps`).
         margin: in squared distances between unit vectors, which are 0 to 4 (0.2 in Schroff et al.).
         soft_margin: log(1 + exp(gap)) in place of max(0, margin + gap) (Hermans et al.).
-        proj_dim: channels of the projection (128 in both papers).
-        proj_layers, batch_norm: of the projector, see `UtteranceObjective`.
+        pooling, proj_dim, proj_layers, batch_norm: from frames to an embedding, see `UtteranceObjective`.
 
     `accuracy` is the share of all triplets in which the positive is nearer. With batch_all and a hard margin the loss
     is averaged over the triplets that do not yet keep the margin, as in Hermans et al.; otherwise over all that the
@@ -86,11 +85,12 @@ class Triplet(UtteranceObjective):
         mining: str = "semi_hard",
         margin: float = 0.2,
         soft_margin: bool = False,
+        pooling: str = "statistics",
         proj_dim: int = 128,
         proj_layers: int = 2,
         batch_norm: bool = True,
     ):
-        super().__init__(config, 2, proj_dim, proj_layers, batch_norm)
+        super().__init__(config, 2, pooling, proj_dim, proj_layers, batch_norm)
         check_choice("triplet.mining", mining, MINING)
         self.mining, self.margin, self.soft_margin = mining, margin, soft_margin
 

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from ..modeling_speechcl import length_mask
-from .base import Objective, ObjectiveOutput, frame_lengths
+from .base import Objective, ObjectiveOutput, check_choice, frame_lengths
 
 
 class UtteranceObjective(Objective):
-    """An objective on one vector per view of a clip: encoder → mean and deviation over time → projector → comparison.
+    """An objective on one vector per view of a clip: encoder → pooling over time → projector → comparison.
 
     It is run in two steps, since what it compares are all clips of an update, whatever micro-batches and ranks these
     are spread over: `embed` works on one batch; `compare` on the embeddings of all batches, with their rows joined.
@@ -20,6 +20,7 @@ class UtteranceObjective(Objective):
     Args:
         config: the encoder's configuration.
         num_views: views of each clip that are compared.
+        pooling: over time: "statistics" (mean and standard deviation) or "mean".
         proj_dim: channels of an embedding.
         proj_layers: linear layers of the projector, with GELU between, hidden_size wide inside.
         batch_norm: bring every channel of the projection to mean 0 and variance 1 over all clips of the update (over
@@ -27,15 +28,16 @@ class UtteranceObjective(Objective):
             learned for long; this takes away what all clips have in common.
     """
 
-    def __init__(self, config, num_views: int, proj_dim: int, proj_layers: int, batch_norm: bool):
+    def __init__(self, config, num_views: int, pooling: str, proj_dim: int, proj_layers: int, batch_norm: bool):
         super().__init__()
-        self.num_views = num_views
-        width = 2 * config.hidden_size
+        check_choice("pooling", pooling, ("statistics", "mean"))
+        self.num_views, self.pooling = num_views, pooling
+        width = (2 if pooling == "statistics" else 1) * config.hidden_size
         layers: list[nn.Module] = []
         for _ in range(proj_layers - 1):
             layers += [nn.Linear(width, config.hidden_size), nn.GELU()]
             width = config.hidden_size
-        self.projector = nn.Sequential(*layers, nn.Linear(width, proj_dim))
+        self.projector = nn.Sequential(*layers, nn.Linear(width, proj_dim, bias=not batch_norm))
         self.batch_norm = nn.BatchNorm1d(proj_dim, affine=False) if batch_norm else nn.Identity()
 
     def collator_options(self):
@@ -46,9 +48,10 @@ class UtteranceObjective(Objective):
         labels = batch["clip_labels"]
         views = {"input_values": batch["view_values"], "attention_mask": batch.get("view_attention_mask")}
         hidden_states = encoder(views["input_values"], attention_mask=views["attention_mask"]).last_hidden_state
-        rows = self.projector(
-            pool_statistics(hidden_states, frame_lengths(encoder, views, hidden_states.shape[1]))
-        ).float()
+        pooled = pool_statistics(hidden_states, frame_lengths(encoder, views, hidden_states.shape[1]))
+        if self.pooling == "mean":
+            pooled = pooled[:, : hidden_states.shape[-1]]
+        rows = self.projector(pooled).float()
         if len(labels):
             embeddings = rows.view(len(labels), -1, rows.shape[-1])[:, : self.num_views]  # (B * V, D) -> (B, V, D)
         else:  # all clips were skipped: one row of silence stands in, which counts for nothing

@@ -49,9 +49,7 @@ class PretrainingDataArguments(ClipArguments, CorpusArguments):
     max_clips_per_batch: int | None = option(None, "Clips in a batch on one device, beside the limit in seconds.")
     mask_prob: float = option(0.65, "Length of all masked spans together, as a share of the clip; spans may overlap.")
     mask_span: float = option(0.2, "Length of a masked span in seconds.")
-    view_seconds: float = option(
-        3.0, "Longest view, for objectives that compare clips; a view is 60 to 100% of a clip."
-    )
+    view_seconds: float = option(3.0, "Longest view, for objectives that compare clips; a view is 0.6 to 1 of a clip.")
     view_augmentations: list[str] = option(
         ["gain=1.0", "noise=0.3", "reverb=0.2"],
         "What is done to views, with what probability: speed, mix, reverb, noise, band_limit, clipping, gain, drop.",

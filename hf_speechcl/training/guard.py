@@ -51,8 +51,12 @@ def embedding_std(vectors: torch.Tensor) -> float:
 def effective_rank(vectors: torch.Tensor) -> float:
     """Number of directions that centred vectors (N, D) spread in: exp of the entropy of their singular values.
 
+    Not a number if a vector is none.
+
     Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
     """
+    if not vectors.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(vectors.double() - vectors.double().mean(0))
     shares = values / values.sum().clamp_min(1e-12)
     return torch.special.entr(shares).sum().exp().item()
