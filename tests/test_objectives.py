@@ -109,7 +109,7 @@ def test_labels_decide_which_clips_belong_together(name, clips):
     [
         {"name": "siamese", "form": "simsiam"},
         {"name": "siamese", "form": "simsiam", "stop_gradient": False},
-        {"name": "siamese", "margin": 1.5, "batch_norm": False},
+        {"name": "siamese", "margin": 0.7, "batch_norm": False},
         {"name": "triplet", "mining": "batch_all"},
         {"name": "triplet", "mining": "batch_hard", "soft_margin": True},
         {"name": "prototypical", "distance": "cosine", "temperature": 0.1, "k_shot": 2},

@@ -52,7 +52,8 @@ class Siamese(UtteranceObjective):
     Args:
         config: the encoder's configuration.
         form: "contrastive" (Hadsell et al. 2006) or "simsiam" (Chen and He 2020; views only, labels are not used).
-        margin: of the contrastive form, m, in distances between unit vectors, which are 0 to 2.
+        margin: of the contrastive form, m, in distances between unit vectors, which are 0 to 2;
+            1.4 lies between unit vectors at right angles.
         stop_gradient: of SimSiam. Without it everything collapses to one vector; off only to see that.
         pooling, proj_dim, proj_layers, batch_norm: from frames to an embedding, see `UtteranceObjective`.
 
@@ -62,13 +63,13 @@ class Siamese(UtteranceObjective):
     Source: Hadsell et al. 2006; Chen and He 2020, arXiv 2011.10566.
     """
 
-    remedy = "keep siamese.stop_gradient on, take a siamese.margin of 0.5 to 1.5, lower learning_rate."
+    remedy = "keep siamese.stop_gradient on, take a siamese.margin of 1 to 1.5, lower learning_rate."
 
     def __init__(
         self,
         config,
         form: str = "contrastive",
-        margin: float = 1.0,
+        margin: float = 1.4,
         stop_gradient: bool = True,
         pooling: str = "statistics",
         proj_dim: int = 128,

@@ -136,7 +136,6 @@ class Wav2Vec2Contrastive(Objective):
             loss=contrastive + self.diversity_weight * diversity,
             num_items=mask.sum(),
             metrics=metrics,
-            states={"targets": targets.detach()},
         )
 
     def summarize(self, metrics, num_items):

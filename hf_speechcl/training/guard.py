@@ -20,7 +20,7 @@ VERDICTS = ("healthy", "suspicious", "collapsed")
 MAX_VECTORS = 2048
 VECTORS_PER_BATCH = 64
 # (collapsed below, suspicious below)
-STD_LIMITS = (0.05, 0.15)
+STD_LIMITS = (0.08, 0.15)
 RANK_LIMITS = (1.5, 3.0)
 PERPLEXITY_LIMITS = (1.5, 4.0)
 DECISIVE = (
