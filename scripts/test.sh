@@ -9,6 +9,6 @@ if [ "${1:-}" = --lowest ]; then
 fi
 source "$(dirname "$0")/environment.sh" "$versions"
 cd "$root"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$venv/bin/ruff" check .
-"$venv/bin/python" -m pytest -m "not slow and not gpu" "$@"
+"$venv/bin/python" -m pytest -n 2 -m "not slow and not gpu" "$@"

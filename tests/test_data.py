@@ -3,6 +3,7 @@
 import io
 import json
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_speechcl import load_corpus, load_demo
-from hf_speechcl.data import CTCCollator, DurationBatchSampler, PretrainingCollator, SpeechDataset
+from hf_speechcl.data import CTCCollator, DurationBatchSampler, LabelBatchSampler, PretrainingCollator, SpeechDataset
 from hf_speechcl.data.audio import AudioError, read_audio, read_duration
 from hf_speechcl.data.corpora import corpus_splits, load_train_and_validation
 from hf_speechcl.data.folders import split_of
 from hf_speechcl.data.masking import draw_negatives, span_mask
+from tests.conftest import quieter
 
 
 def wav_bytes(samples, rate=16000, subtype="PCM_16", format="WAV"):
@@ -259,6 +261,33 @@ def test_durations_in_another_unit_are_measured_instead(tmp_path, clips, caplog)
     assert "durations are read from the audio instead" in caplog.text
 
 
+def test_labels_come_from_a_column_of_metadata_or_parquet(audio_folder, tmp_path, clips):
+    lines = ["file_name,text,speaker", "clip0.wav,a,ann", "clip1.wav,b,bob", "clip2.wav,c,ann", "clip3.wav,d,"]
+    (audio_folder / "metadata.csv").write_text("\n".join(lines))
+    corpus = load_corpus(str(audio_folder), label_column="speaker")
+    assert corpus["label"][:] == ["ann", "bob", "ann", ""]
+    dataset = SpeechDataset(corpus, 16000)
+    assert dataset.has_labels
+    assert dataset.labels[0] == dataset.labels[2] != dataset.labels[1]
+    assert len(set(dataset.labels.tolist())) == 3
+    assert dataset[0, 2]["label"] == dataset.labels[2]
+
+    rows = datasets.Dataset.from_dict(
+        {"audio": [{"bytes": None, "path": row["audio"]["path"]} for row in corpus], "language": [1, 0, 1, 0]}
+    )
+    rows = rows.cast_column("language", datasets.ClassLabel(names=["en", "fr"]))
+    rows.to_parquet(tmp_path / "train.parquet")
+    assert load_corpus(str(tmp_path / "train.parquet"), label_column="language")["label"][:] == ["fr", "en", "fr", "en"]
+    assert "label" not in load_corpus(str(audio_folder)).column_names
+    unlabelled = SpeechDataset(load_corpus(str(audio_folder)), 16000)
+    assert unlabelled.labels.tolist() == [0, 1, 2, 3]
+    assert not unlabelled.has_labels
+    with pytest.raises(ValueError, match="has no column 'speaker'; it has .*: set label_column"):
+        load_corpus(str(tmp_path / "train.parquet"), label_column="speaker")
+    with pytest.raises(ValueError, match="no column 'voice'"):
+        load_corpus(str(audio_folder), label_column="voice")
+
+
 def test_several_sources_are_joined(audio_folder):
     corpus = load_corpus([str(audio_folder), "demo"])
     assert len(corpus) == 4 + 406
@@ -463,11 +492,54 @@ def test_little_of_a_batch_is_padding():
     assert padded / sum(durations) < 1.1
 
 
+def test_batches_may_be_limited_in_clips():
+    sampler = DurationBatchSampler(np.linspace(1, 3, 101), 1000, max_clips=8)
+    assert sorted(key[1] for batch in sampler for key in batch) == list(range(101))
+    assert max(map(len, sampler)) == 8
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=9),
+    clips_per_batch=st.integers(1, 24),
+    clips_per_label=st.integers(1, 5),
+    world_size=st.integers(1, 3),
+)
+def test_batches_of_labels_hold_as_many_clips_of_each(sizes, clips_per_batch, clips_per_label, world_size):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    for rank in range(world_size):
+        sampler = LabelBatchSampler(labels, clips_per_batch, clips_per_label, rank=rank, world_size=world_size)
+        sampler.set_epoch(3)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) > 0
+        assert batches == list(sampler)
+        for batch in batches:
+            found, counts = np.unique(labels[[index for _, index in batch]], return_counts=True)
+            assert len(found) == min(max(2, clips_per_batch // clips_per_label), len(sizes))
+            assert (counts == clips_per_label).all()
+
+
+def test_labels_are_drawn_equally_often_and_their_clips_in_turn():
+    labels = np.repeat([0, 1, 2], [200, 10, 40])
+    sampler = LabelBatchSampler(labels, 8, 4, seed=1)
+    clips = [index for batch in sampler for _, index in batch]
+    shares = np.bincount(labels[clips], minlength=3) / len(clips)
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.03)
+    own = [index for index in clips if labels[index] == 1]
+    assert all(len(set(own[start : start + 10])) == len(own[start : start + 10]) for start in range(0, len(own), 10))
+    sampler.set_epoch(1)
+    assert clips != [index for batch in sampler for _, index in batch]
+
+
+def test_one_label_alone_cannot_be_compared():
+    with pytest.raises(ValueError, match="all clips have the same label"):
+        LabelBatchSampler(np.zeros(5), 4, 2)
+
+
 # ---- collators ----
 
 
 def make_items(clips, epoch=0):
-    return [{"index": n, "seed": (0, epoch, n), "input_values": clip} for n, clip in enumerate(clips)]
+    return [{"index": n, "label": 10 + n, "seed": (0, epoch, n), "input_values": clip} for n, clip in enumerate(clips)]
 
 
 def test_what_is_drawn_for_a_clip_does_not_depend_on_its_batch(clips):
@@ -520,6 +592,52 @@ def test_ctc_collator_masks_and_labels(clips):
     plain = CTCCollator(frames, labels)(make_items(clips))
     assert "mask_time_indices" not in plain
     assert "mask_feature_indices" not in plain
+
+
+def views_of(batch, clip, num_views):
+    lengths = batch["view_attention_mask"].sum(-1)
+    rows = range(clip * num_views, (clip + 1) * num_views)
+    return [batch["view_values"][row, : lengths[row]].numpy() for row in rows]
+
+
+def test_views_are_crops_of_their_clip(clips):
+    collate = PretrainingCollator(frames, num_views=3, max_view_samples=30000)
+    batch = collate(make_items(clips))
+    assert batch["view_values"].shape[0] == 15
+    assert batch["clip_labels"].tolist() == [10, 11, 12, 13, 14]
+    assert len(set(batch["clip_keys"].tolist())) == 5
+    for number, clip in enumerate(clips):
+        for view in views_of(batch, number, 3):
+            longest = min(len(clip), 30000)
+            assert 0.6 * longest - 1 <= len(view) <= longest
+            starts = np.flatnonzero(clip[: len(clip) - len(view) + 1] == view[0])
+            assert any(np.array_equal(clip[start : start + len(view)], view) for start in starts)
+
+
+def test_views_and_corruptions_of_a_clip_do_not_depend_on_its_batch(clips):
+    collate = PretrainingCollator(
+        frames, num_views=2, view_augmentation=quieter, corrupt_input=True, corruption=quieter, max_band=10,
+        log_mel_noise_prob=0.5, log_mel_noise_std=1.0, num_frame_negatives=4,
+    )  # fmt: skip
+    items = make_items(clips)
+    together, alone = collate(items), collate(items[3:4])
+    for first, second in zip(views_of(together, 3, 2), views_of(alone, 0, 2)):
+        np.testing.assert_array_equal(first, second)
+    samples, mel_frames = len(clips[3]), -(-len(clips[3]) // 160)
+    torch.testing.assert_close(together["input_values"][3, :samples], alone["input_values"][0])
+    torch.testing.assert_close(together["log_mel_noise"][3, :mel_frames], alone["log_mel_noise"][0])
+    assert (together["log_mel_noise"][3, mel_frames:] == 0).all()
+    torch.testing.assert_close(together["mask_feature_indices"][3], alone["mask_feature_indices"][0])
+    assert together["clip_keys"][3] == alone["clip_keys"][0]
+
+
+def test_corrupted_input_keeps_the_clean_one_and_the_masks(clips):
+    clean = PretrainingCollator(frames)(make_items(clips))
+    corrupted = PretrainingCollator(frames, corrupt_input=True, corruption=quieter)(make_items(clips))
+    torch.testing.assert_close(corrupted["clean_values"], clean["input_values"])
+    torch.testing.assert_close(corrupted["mask_time_indices"], clean["mask_time_indices"])
+    assert (corrupted["input_values"].abs().amax(1) < clean["input_values"].abs().amax(1)).all()
+    assert corrupted["frame_counts"].tolist() == [frames(len(clip)) for clip in clips]
 
 
 def test_no_attention_mask_where_nothing_is_padded(clips):

@@ -133,11 +133,13 @@ class LabelBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         clips = [_forever(members, rng.spawn(1)[0]) for members in self.members]
-        labels = np.empty(0, dtype=int)
+        queue: list[int] = []
         for batch in range(self.num_batches * self.world_size):
-            if len(labels) < self.labels_per_batch:  # the labels that are left come first, no label twice
-                labels = np.concatenate([labels, rng.permutation(np.setdiff1d(np.arange(len(clips)), labels))])
-            chosen, labels = labels[: self.labels_per_batch], labels[self.labels_per_batch :]
+            if len(set(queue)) < self.labels_per_batch:
+                queue += rng.permutation(len(clips)).tolist()
+            chosen = list(dict.fromkeys(queue))[: self.labels_per_batch]
+            for label in chosen:
+                queue.remove(label)
             indices = [int(next(clips[label])) for label in chosen for _ in range(self.clips_per_label)]
             if batch % self.world_size == self.rank:
                 yield [(self.epoch, index) for index in indices]
