@@ -116,6 +116,16 @@ def random_part(clip: np.ndarray, length: int, rng: np.random.Generator) -> np.n
     return clip[start : start + length]
 
 
+def check_probabilities(probabilities: dict[str, float], field: str) -> None:
+    """Refuse names that are no corruptions and numbers that are no probabilities; `field` is what the message names."""
+    for name, probability in probabilities.items():
+        if name not in CORRUPTIONS:
+            raise ValueError(f"{field}: found {name!r}, expected names among {', '.join(CORRUPTIONS)}")
+        is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
+        if not is_number or not 0 <= probability <= 1:
+            raise ValueError(f"{field}: found {name}={probability}, expected a number from 0 to 1")
+
+
 class Augmentation:
     """Corruptions of a waveform, each applied with a probability, in the order of CORRUPTIONS.
 
@@ -147,11 +157,7 @@ class Augmentation:
         noise: SpeechDataset | None = None,
         speech: SpeechDataset | None = None,
     ):
-        for name, probability in probabilities.items():
-            if name not in CORRUPTIONS:
-                raise ValueError(f"probabilities: found {name!r}, expected names among {', '.join(CORRUPTIONS)}")
-            if not 0 <= probability <= 1:
-                raise ValueError(f"probabilities[{name!r}]: found {probability}, expected a number from 0 to 1")
+        check_probabilities(probabilities, "probabilities")
         if not snr_db[0] <= snr_db[1]:
             raise ValueError(f"snr_db: found {tuple(snr_db)}, expected the lower bound first")
         if probabilities.get("mix", 0) > 0 and speech is None:

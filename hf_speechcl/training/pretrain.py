@@ -10,7 +10,7 @@ from transformers import Wav2Vec2FeatureExtractor, set_seed
 from ..command_line import parse_arguments, parse_assignments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data import PretrainingCollator, SpeechDataset
-from ..data.augment import Augmentation
+from ..data.augment import Augmentation, check_probabilities
 from ..data.corpora import load_corpus, load_train_and_validation
 from ..data.units import Units
 from ..hub import CURVES, USE_ENCODER, data_row, describe_model, describe_run, metrics_table, plot_curves, write_card
@@ -39,6 +39,11 @@ DESCRIPTION = """Pre-train a SpeechCL encoder on speech without transcripts.
   From a file, with one option changed; on all GPUs of a machine; a killed run goes on:
     accelerate launch scripts/pretrain.py --config scripts/configs/pretrain_base.yaml --learning_rate 1e-3
     accelerate launch scripts/pretrain.py --config scripts/configs/pretrain_base.yaml --resume_from_checkpoint last
+  Views of an utterance against those of others; classes of a column of metadata, for a Prototypical network:
+    python scripts/pretrain.py --objectives info_nce --view_augmentations gain=1 noise=0.5 --noise_corpus my_noise
+    python scripts/pretrain.py --objectives prototypical --corpus my_audio --label_column speaker
+  Masked prediction of clean targets from corrupted input:
+    python scripts/pretrain.py --objectives best_rq --corrupt_input --corruptions noise=0.5 mix=0.3
   The units of scripts/make_units.py, for the objective hubert:
     python scripts/pretrain.py --objectives hubert --units runs/units --output_dir runs/hubert
 
@@ -87,12 +92,25 @@ def check_units(units: Units | None, folder: str) -> None:
         units.fill((SpeechCLConfig.from_pretrained(folder).objectives or {}).get("hubert", {}), folder)
 
 
-def build_augmentation(field: str, data_args: PretrainingDataArguments, speech: SpeechDataset) -> Augmentation:
+def check_augmentations(data_args: PretrainingDataArguments, model: SpeechCLForPreTraining) -> None:
+    """Refuse options of views, corruptions and labels that no run can have, before any audio is read."""
+    for field in ("view_augmentations", "corruptions"):
+        probabilities = parse_assignments(getattr(data_args, field), field)
+        check_probabilities(probabilities, field)
+        if field == "corruptions" and probabilities.get("speed"):
+            raise ValueError("corruptions must keep every sound in its place, so that targets fit: leave out speed")
+    if data_args.label_column is not None and not model.comparing:
+        raise ValueError(
+            f"label_column={data_args.label_column!r} is for objectives that compare clips (info_nce, siamese, "
+            "triplet, prototypical): name one, or leave it out"
+        )
+
+
+def build_augmentation(
+    field: str, data_args: PretrainingDataArguments, speech: SpeechDataset, noise: SpeechDataset | None
+) -> Augmentation:
     """What the option `field`, view_augmentations or corruptions, asks for; utterances to mix in are of `speech`."""
     probabilities = parse_assignments(getattr(data_args, field), field)
-    noise = None
-    if data_args.noise_corpus and probabilities.get("noise"):
-        noise = SpeechDataset(load_corpus(data_args.noise_corpus), speech.sampling_rate)
     return Augmentation(probabilities, speech.sampling_rate, tuple(data_args.snr_db), noise, speech)
 
 
@@ -112,12 +130,11 @@ def build_collator(
         hop_length=config.hop_length,
         **options,
     )
+    noise = SpeechDataset(load_corpus(data_args.noise_corpus), train.sampling_rate) if data_args.noise_corpus else None
     if collator.num_views:
-        collator.view_augmentation = build_augmentation("view_augmentations", data_args, train)
+        collator.view_augmentation = build_augmentation("view_augmentations", data_args, train, noise)
     if collator.corrupt_input:
-        collator.corruption = build_augmentation("corruptions", data_args, train)
-        if not collator.corruption.keeps_time:
-            raise ValueError("corruptions must keep the time, so that targets fit: leave out speed")
+        collator.corruption = build_augmentation("corruptions", data_args, train, noise)
     return collator
 
 
@@ -132,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(model_args, units)
     if checkpoint is not None:
         check_units(units, checkpoint)
+    check_augmentations(data_args, model)
     config = model.config
     keep_options(args, checkpoint, model_args, data_args)
 
