@@ -305,7 +305,9 @@ def without_noise(logits, tau, hard):
 def test_wav2vec2_loss_equals_that_of_transformers(wav2vec2_config, clips, monkeypatch):
     monkeypatch.setattr(nn.functional, "gumbel_softmax", without_noise)
     theirs = Wav2Vec2ForPreTraining(wav2vec2_config).train()
-    ours = Wav2Vec2Contrastive(wav2vec2_config, num_negatives=6, codebook_size=10, codevector_dim=16, proj_dim=12)
+    ours = Wav2Vec2Contrastive(
+        wav2vec2_config, num_negatives=6, codebook_size=10, codevector_dim=16, proj_dim=12, diversity_weight=0.1
+    )
     ours.quantizer.codevectors.data = theirs.quantizer.codevectors.data.view(2, 10, 8).clone()
     ours.quantizer.weight_proj.load_state_dict(theirs.quantizer.weight_proj.state_dict())
     ours.project_target.load_state_dict(theirs.project_q.state_dict())

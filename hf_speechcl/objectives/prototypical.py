@@ -73,8 +73,8 @@ class Prototypical(UtteranceObjective):
         k_shot: support examples of a class.
         n_query: queries of a class.
         distance: "euclidean" (squared, as in the paper) or "cosine".
-        temperature: that scores are divided by (1 in the paper, whose embeddings have no batch norm: distances of 128
-            channels of variance 1 are some hundreds; 0.1 suits the cosine).
+        temperature: that scores are divided by; 0.1 suits the cosine. It is 1 in the paper, whose embeddings have no
+            batch norm; with it squared distances are near 256, and at 10 and below the encoder's frames became alike.
         pooling, proj_dim, proj_layers, batch_norm: from frames to an embedding, see `UtteranceObjective`.
 
     Source: Snell et al. 2017, "Prototypical networks for few-shot learning", arXiv 1703.05175, algorithm 1.
@@ -89,7 +89,7 @@ class Prototypical(UtteranceObjective):
         k_shot: int = 1,
         n_query: int = 1,
         distance: str = "euclidean",
-        temperature: float = 10.0,
+        temperature: float = 50.0,
         pooling: str = "statistics",
         proj_dim: int = 128,
         proj_layers: int = 2,
