@@ -61,8 +61,8 @@ class Wav2Vec2Contrastive(Objective):
         num_codebooks, codebook_size: groups G and codewords V of the product quantiser (2 and 320).
         codevector_dim: channels of a quantised frame (256 for Base).
         proj_dim: channels in which prediction and target are compared (256 for Base).
-        diversity_weight: weight α of the diversity loss. 0.1 in the paper, where a batch is 1.6 hours; with it, and with
-            0.3, batches of 20 s brought the codes down to 2 within 200 updates.
+        diversity_weight: weight α of the diversity loss. 0.1 in the paper, whose batch is 1.6 hours; with it, and with
+            0.3, batches of 20 s brought the codes down to a handful in 200 updates.
         gumbel_temperature_start, gumbel_temperature_end: of the Gumbel softmax (2 → 0.5).
         gumbel_anneal: share of the run after which the lower temperature is reached, geometrically. The paper's factor
             of 0.999995 per update reaches it after 277,000 of 400,000 updates.
