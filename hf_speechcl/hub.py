@@ -13,6 +13,7 @@ from .configuration_speechcl import SpeechCLConfig
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CURVES = "curves.png"
+PLOTTED = ("loss", "accuracy", "code_perplexity", "encoder_std", "encoder_rank", "wer", "cer")
 
 USE_ENCODER = """```python
 import hf_speechcl  # or trust_remote_code=True in from_pretrained, without the package
@@ -110,7 +111,7 @@ def plot_curves(runs: dict[str, list[dict]], file: Path) -> None:
         for entry in log_history:
             for name, value in entry.items():
                 part, key = ("validation", name[5:]) if name.startswith("eval_") else ("training", name)
-                if key.rsplit("/")[-1] in ("loss", "accuracy", "code_perplexity", "wer", "cer") and key != "loss":
+                if key.rsplit("/")[-1] in PLOTTED and key != "loss":
                     curve = panels.setdefault(key, {}).setdefault(f"{label} {part}".strip(), [])
                     curve.append((entry["step"], value))
     columns = min(3, len(panels))

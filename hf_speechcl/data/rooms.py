@@ -50,3 +50,9 @@ def room_response(index: int, sampling_rate: int) -> np.ndarray:
         return simulate_room(sampling_rate, np.random.default_rng((ROOM_SEED, index)))
     finally:
         pyroomacoustics.constants.set("num_threads", threads)
+
+
+def simulate_rooms(sampling_rate: int) -> None:
+    """Simulate all rooms now, for the workers of a DataLoader to inherit: some seconds, which each would spend."""
+    for index in range(NUM_ROOMS):
+        room_response(index, sampling_rate)

@@ -12,6 +12,7 @@ from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data import PretrainingCollator, SpeechDataset
 from ..data.augment import Augmentation, check_probabilities
 from ..data.corpora import load_corpus, load_train_and_validation
+from ..data.rooms import simulate_rooms
 from ..data.units import Units
 from ..hub import CURVES, USE_ENCODER, data_row, describe_model, describe_run, metrics_table, plot_curves, write_card
 from ..pretraining import SpeechCLForPreTraining, objective_options
@@ -171,6 +172,11 @@ def main(argv: list[str] | None = None) -> None:
     lookups = {split: None if units is None else units.of_clips(dataset, split) for split, dataset in datasets.items()}
 
     collator = build_collator(model, data_args, datasets["train"])
+    if args.dataloader_num_workers and any(
+        used is not None and used.probabilities.get("reverb")
+        for used in (collator.view_augmentation, collator.corruption)
+    ):
+        simulate_rooms(config.sampling_rate)
     trainer = PretrainingTrainer(
         model=model,
         args=args,

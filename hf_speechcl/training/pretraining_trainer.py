@@ -139,7 +139,9 @@ class PretrainingTrainer(SpeechTrainer):
         outputs = model(compare=False, **inputs)
         objectives = dict(outputs.objectives)
         if not model.training:
-            self.embedded.append(outputs.embedded)
+            self.embedded.append(
+                {name: {key: value.cpu() for key, value in parts.items()} for name, parts in outputs.embedded.items()}
+            )
             self.guard.observe_states(objectives)
             return objectives
         for name, embedded in outputs.embedded.items():
