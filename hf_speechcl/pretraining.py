@@ -11,7 +11,7 @@ from .configuration_speechcl import SpeechCLConfig
 from .modeling_speechcl import SpeechCLModel, SpeechCLPreTrainedModel
 from .objectives import OBJECTIVES, Objective, ObjectiveOutput, UtteranceObjective
 
-MAY_BE_ZERO = ("seed", "_weight", "_prob", "_band")
+MAY_BE_ZERO = ("seed", "num_views", "_weight", "_prob", "_band")
 
 
 @dataclass

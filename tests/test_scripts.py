@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCTC, pipeline
 
+from hf_speechcl import SpeechCLConfig, SpeechCLForPreTraining, SpeechDataset
 from hf_speechcl.command_line import parse_arguments, parse_assignments
 from hf_speechcl.evaluation.evaluate import main as evaluate
 from hf_speechcl.training.arguments import (
@@ -23,9 +24,9 @@ from hf_speechcl.training.arguments import (
     parse_objectives,
 )
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
-from hf_speechcl.training.pretrain import build_model
+from hf_speechcl.training.pretrain import build_collator, build_model, check_options
 from hf_speechcl.training.pretrain import main as pretrain
-from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
+from tests.conftest import FAST_RUN, ROOT, TINY, TINY_OPTIONS, run_script
 
 SCRIPTS = ["pretrain.py", "make_units.py", "finetune_ctc.py", "evaluate.py"]
 
@@ -296,3 +297,16 @@ def test_pinned_versions_satisfy_the_ranges_of_the_package():
     assert set(pinned) == set(lowest)
     for name, version in lowest.items():
         assert [int(part) for part in pinned[name].split(".")] >= [int(part) for part in version.split(".")]
+
+
+def test_one_view_of_each_clip_is_enough_with_labels_and_refused_without(corpus):
+    options = {"k_shot": 2, "n_query": 2, "num_views": 1, "proj_dim": 8}
+    model = SpeechCLForPreTraining(SpeechCLConfig(**TINY, objectives={"prototypical": options}))
+    rows = corpus.select(range(6))
+    labelled = SpeechDataset(rows.add_column("label", ["a", "b"] * 3), 16000)
+    batch = build_collator(model, PretrainingDataArguments(), labelled)([labelled[0, row] for row in range(6)])
+    batch.pop("num_skipped")
+    assert len(batch["view_values"]) == 6
+    assert model(**batch).objectives["prototypical"].num_items == 2
+    with pytest.raises(ValueError, match=r"num_views=1, but without label_column .* at least k_shot \+ 1 = 3"):
+        check_options(PretrainingDataArguments(), model)

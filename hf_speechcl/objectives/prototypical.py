@@ -71,7 +71,9 @@ class Prototypical(UtteranceObjective):
         config: the encoder's configuration.
         n_way: classes in an episode; more make it harder (Snell et al. train with 20 to 60 for 5-way tests).
         k_shot: support examples of a class.
-        n_query: queries of a class.
+        n_query: queries of a class, at most.
+        num_views: views of each clip; 0 for k_shot + n_query, as many as a clip that is a class of its own needs. With
+            a label column classes have several clips (--clips_per_label): 1 view of each is enough and cheapest.
         distance: "euclidean" (squared, as in the paper) or "cosine".
         temperature: that scores are divided by; 0.1 suits the cosine. It is 1 in the paper, whose embeddings have no
             batch norm; with it squared distances are near 256, and at 10 and below the encoder's frames became alike.
@@ -88,6 +90,7 @@ class Prototypical(UtteranceObjective):
         n_way: int = 8,
         k_shot: int = 1,
         n_query: int = 1,
+        num_views: int = 0,
         distance: str = "euclidean",
         temperature: float = 50.0,
         pooling: str = "statistics",
@@ -95,7 +98,7 @@ class Prototypical(UtteranceObjective):
         proj_layers: int = 2,
         batch_norm: bool = True,
     ):
-        super().__init__(config, k_shot + n_query, pooling, proj_dim, proj_layers, batch_norm)
+        super().__init__(config, num_views or k_shot + n_query, pooling, proj_dim, proj_layers, batch_norm)
         check_choice("prototypical.distance", distance, DISTANCES)
         if n_way < 2:
             raise ValueError(f"prototypical.n_way must be at least 2, found {n_way}")

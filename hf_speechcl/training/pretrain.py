@@ -93,13 +93,19 @@ def check_units(units: Units | None, folder: str) -> None:
         units.fill((SpeechCLConfig.from_pretrained(folder).objectives or {}).get("hubert", {}), folder)
 
 
-def check_augmentations(data_args: PretrainingDataArguments, model: SpeechCLForPreTraining) -> None:
+def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTraining) -> None:
     """Refuse options of views, corruptions and labels that no run can have, before any audio is read."""
     for field in ("view_augmentations", "corruptions"):
         probabilities = parse_assignments(getattr(data_args, field), field)
         check_probabilities(probabilities, field)
         if field == "corruptions" and probabilities.get("speed"):
             raise ValueError("corruptions must keep every sound in its place, so that targets fit: leave out speed")
+    prototypical = model.comparing.get("prototypical")
+    if prototypical and data_args.label_column is None and prototypical.num_views <= prototypical.k_shot:
+        raise ValueError(
+            f"prototypical.num_views={prototypical.num_views}, but without label_column every clip is a class of its "
+            f"own: leave num_views out, or make it at least k_shot + 1 = {prototypical.k_shot + 1}"
+        )
     if data_args.label_column is not None and not model.comparing:
         raise ValueError(
             f"label_column={data_args.label_column!r} is for objectives that compare clips (info_nce, siamese, "
@@ -150,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(model_args, units)
     if checkpoint is not None:
         check_units(units, checkpoint)
-    check_augmentations(data_args, model)
+    check_options(data_args, model)
     config = model.config
     keep_options(args, checkpoint, model_args, data_args)
 
