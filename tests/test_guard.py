@@ -41,7 +41,7 @@ HEALTHY = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
     ("vectors", "scalars", "verdict", "reason"),
     [
         (HEALTHY, {}, 0, "encoder: embedding std 0.99"),
-        (10 + HEALTHY, {}, 1, "embedding std 0.09"),
+        (20 + HEALTHY, {}, 1, "embedding std 0.05"),
         (100 + HEALTHY, {}, 2, "embedding std 0.01"),
         (HEALTHY[:, :1] * torch.ones(16), {}, 2, "effective rank 1.0"),
         (torch.full((9, 16), float("nan")), {}, 2, "embedding std nan"),
@@ -62,6 +62,13 @@ def test_verdicts(vectors, scalars, verdict, reason, caplog):
     assert f"update 7: {['healthy', 'suspicious', 'collapsed'][verdict]}" in caplog.text
     assert reason in caplog.text
     assert ("Remedy: lower learning_rate" in caplog.text) == (verdict > 0)
+
+
+def test_embeddings_must_be_spread_more_than_frames():
+    for stage, verdict in (("encoder", 1), ("info_nce_embeddings", 2)):
+        guard = make_guard(info_nce={})
+        guard.observe(stage, 20 + HEALTHY)
+        assert guard.judge({}, update=1)["guard/verdict"] == verdict
 
 
 def test_likely_causes_are_options_far_from_their_defaults(caplog):

@@ -110,10 +110,10 @@ class PrototypicalClassifier:
     def _embed_batch(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         outputs = self.encoder(**batch, output_hidden_states=self.layer is not None)
         states = outputs.last_hidden_state if self.layer is None else outputs.hidden_states[self.layer]
-        rows = pool_statistics(states, frame_lengths(self.encoder, batch, states.shape[1]))
-        if self.objective is not None:
-            rows = self.objective.batch_norm(self.objective.projector(rows))
-        return rows.float()
+        lengths = frame_lengths(self.encoder, batch, states.shape[1])
+        if self.objective is None:
+            return pool_statistics(states, lengths)
+        return self.objective.batch_norm(self.objective.project(states, lengths))
 
     def _check(self, number: int, waveform: np.ndarray) -> np.ndarray:
         waveform = np.asarray(waveform)

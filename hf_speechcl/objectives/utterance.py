@@ -43,15 +43,17 @@ class UtteranceObjective(Objective):
     def collator_options(self):
         return {"num_views": self.num_views}
 
+    def project(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Frames (B, T, H), of which `lengths` (B,) are a clip's own → float32 (B, proj_dim), before the batch norm."""
+        pooled = pool_statistics(frames, lengths)
+        return self.projector(pooled[:, : frames.shape[-1]] if self.pooling == "mean" else pooled).float()
+
     def embed(self, encoder, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`embeddings` (B, num_views, proj_dim), `labels` (B,) and `keys` (B,)."""
         labels = batch["clip_labels"]
         views = {"input_values": batch["view_values"], "attention_mask": batch.get("view_attention_mask")}
         hidden_states = encoder(views["input_values"], attention_mask=views["attention_mask"]).last_hidden_state
-        pooled = pool_statistics(hidden_states, frame_lengths(encoder, views, hidden_states.shape[1]))
-        if self.pooling == "mean":
-            pooled = pooled[:, : hidden_states.shape[-1]]
-        rows = self.projector(pooled).float()
+        rows = self.project(hidden_states, frame_lengths(encoder, views, hidden_states.shape[1]))
         if len(labels):
             embeddings = rows.view(len(labels), -1, rows.shape[-1])[:, : self.num_views]  # (B * V, D) -> (B, V, D)
         else:  # all clips were skipped: one row of silence stands in, which counts for nothing

@@ -52,7 +52,8 @@ class PretrainingDataArguments(ClipArguments, CorpusArguments):
     view_seconds: float = option(3.0, "Longest view, for objectives that compare clips; a view is 0.6 to 1 of a clip.")
     view_augmentations: list[str] = option(
         ["gain=1.0", "noise=0.3", "reverb=0.2"],
-        "What is done to views, with what probability: speed, mix, reverb, noise, band_limit, clipping, gain, drop.",
+        "What is done to views, with what probability: speed, mix, reverb, noise, band_limit, clipping, gain, drop; "
+        "gain=0 for nothing at all.",
     )
     corrupt_input: bool = option(False, "Masked objectives see corrupted input; their targets stay clean.")
     corruptions: list[str] = option(

@@ -21,6 +21,7 @@ MAX_VECTORS = 2048
 VECTORS_PER_BATCH = 64
 # (collapsed below, suspicious below)
 STD_LIMITS = (0.08, 0.15)
+FRAME_STD_LIMITS = (0.03, 0.08)  # frames of an encoder may have much in common and still tell all there is
 RANK_LIMITS = (1.5, 3.0)
 PERPLEXITY_LIMITS = (1.5, 4.0)
 DECISIVE = (
@@ -137,7 +138,8 @@ class CollapseGuard:
                 continue
             report[f"guard/{stage}_std"] = std = embedding_std(vectors)
             report[f"guard/{stage}_rank"] = rank = effective_rank(vectors)
-            level = max(_level(std, STD_LIMITS), _level(rank, RANK_LIMITS) if vectors.shape[1] >= 8 else 0)
+            limits = FRAME_STD_LIMITS if stage in ("front_end", "encoder") else STD_LIMITS
+            level = max(_level(std, limits), _level(rank, RANK_LIMITS) if vectors.shape[1] >= 8 else 0)
             findings.append((level, stage, f"{stage}: embedding std {std:.2f}, effective rank {rank:.1f}"))
         for name in self.model.objectives:
             findings += self._judge_metrics(name, scalars)
