@@ -506,6 +506,10 @@ def test_batches_may_be_limited_in_clips():
 )
 def test_batches_of_labels_hold_as_many_clips_of_each(sizes, clips_per_batch, clips_per_label, world_size):
     labels = np.repeat(np.arange(len(sizes)), sizes)
+    if clips_per_batch < 2 * clips_per_label:
+        with pytest.raises(ValueError, match="raise max_seconds_per_batch, or lower clips_per_label"):
+            LabelBatchSampler(labels, clips_per_batch, clips_per_label)
+        return
     for rank in range(world_size):
         sampler = LabelBatchSampler(labels, clips_per_batch, clips_per_label, rank=rank, world_size=world_size)
         sampler.set_epoch(3)
@@ -513,26 +517,35 @@ def test_batches_of_labels_hold_as_many_clips_of_each(sizes, clips_per_batch, cl
         assert len(batches) == len(sampler) > 0
         assert batches == list(sampler)
         for batch in batches:
-            found, counts = np.unique(labels[[index for _, index in batch]], return_counts=True)
-            assert len(found) == min(max(2, clips_per_batch // clips_per_label), len(sizes))
+            found, counts = np.unique(labels[[key[1] for key in batch]], return_counts=True)
+            assert len(found) == min(clips_per_batch // clips_per_label, len(sizes))
+            assert len(set(batch)) == len(batch) <= clips_per_batch
             assert (counts == clips_per_label).all()
 
 
 def test_labels_are_drawn_equally_often_and_their_clips_in_turn():
     labels = np.repeat([0, 1, 2], [200, 10, 40])
     sampler = LabelBatchSampler(labels, 8, 4, seed=1)
-    clips = [index for batch in sampler for _, index in batch]
+    clips = [key[1] for batch in sampler for key in batch]
+    keys = [key for batch in sampler for key in batch]
+    assert len(set(keys)) == len(keys)  # a clip that comes again has another seed
     shares = np.bincount(labels[clips], minlength=3) / len(clips)
     np.testing.assert_allclose(shares, 1 / 3, atol=0.03)
     own = [index for index in clips if labels[index] == 1]
     assert all(len(set(own[start : start + 10])) == len(own[start : start + 10]) for start in range(0, len(own), 10))
     sampler.set_epoch(1)
-    assert clips != [index for batch in sampler for _, index in batch]
+    assert clips != [key[1] for batch in sampler for key in batch]
 
 
 def test_one_label_alone_cannot_be_compared():
     with pytest.raises(ValueError, match="all clips have the same label"):
         LabelBatchSampler(np.zeros(5), 4, 2)
+
+
+def test_clip_that_comes_again_has_a_seed_of_its_own(audio_folder):
+    dataset = SpeechDataset(load_corpus(str(audio_folder)), 16000, seed=3)
+    assert dataset[1, 2]["seed"] == (3, 1, 2)
+    assert dataset[1, 2, 4]["seed"] == (3, 1, 2, 4)
 
 
 # ---- collators ----

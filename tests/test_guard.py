@@ -85,10 +85,11 @@ def test_likely_causes_are_options_far_from_their_defaults(caplog):
 
 def test_run_is_stopped_after_as_many_collapses_in_a_row_as_asked():
     guard = make_guard(stop_after=2)
-    for vectors in (torch.ones(9, 16), HEALTHY, torch.ones(9, 16)):
+    for update, vectors in enumerate((torch.ones(9, 16), HEALTHY, torch.ones(9, 16))):
         guard.vectors = {}
         guard.observe("encoder", vectors)
-        guard.judge({}, update=1)
+        guard.judge({}, update)
+    guard.judge({}, update)  # the same update once more
     with pytest.raises(CollapseError, match="stopped at update 5, as stop_on_collapse asks: encoder: embedding std"):
         guard.judge({}, update=5)
 
@@ -123,6 +124,7 @@ RUN = (
             [1, 2],
             "info_nce.temperature is 10000, where 0.1 is usual",
         ),
+        ("siamese --objective_options siamese.form=simsiam siamese.batch_norm=false", [0, 1], "collapse guard"),
         (
             "siamese --objective_options siamese.form=simsiam siamese.stop_gradient=false siamese.batch_norm=false",
             [2],
@@ -131,7 +133,14 @@ RUN = (
         ("siamese --objective_options siamese.form=simsiam", [0], "update 75: healthy"),
         ("best_rq", [0], "update 75: healthy"),
     ],
-    ids=["rate x 100", "absurd temperature", "no stop-gradient", "SimSiam as it should be", "BEST-RQ as it should be"],
+    ids=[
+        "rate x 100",
+        "absurd temperature",
+        "stop-gradient alone",
+        "no stop-gradient",
+        "SimSiam as it should be",
+        "BEST-RQ as it should be",
+    ],
 )
 def test_runs_made_to_collapse_are_found_out_and_healthy_ones_are_not(options, verdicts, reason, tmp_path, caplog):
     caplog.set_level(logging.INFO)

@@ -13,7 +13,7 @@ from hf_speechcl.training.pretrain import main as pretrain
 from tests.conftest import COMPARING, FAST_RUN, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, make_batch
 
 ADDITIVE = [name for name in OBJECTIVES if name not in COMPARING]
-MASKED = [name for name, objective in OBJECTIVES.items() if objective.uses_mask and name != "denoising"]
+MASKED = [name for name, objective in OBJECTIVES.items() if objective.uses_mask]
 
 
 def make_model(*names, **options):
@@ -133,6 +133,21 @@ def test_options_change_the_loss(options, clips):
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("options", [{"form": "simsiam"}, {"form": "simsiam", "batch_norm": False}])
+def test_simsiam_without_clips_has_a_gradient_for_every_weight(options):
+    model = make_model("siamese", **options)
+    model(**make_batch(model, [], mask_prob=0)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_triplets_that_all_keep_the_margin_have_a_loss_of_zero():
+    objective = make_model("triplet", mining="batch_all", batch_norm=False).objectives["triplet"]
+    embeddings = torch.eye(12)[:4].repeat_interleave(2, 0).view(4, 2, 12)
+    output = objective.contrast(embeddings, torch.arange(4), torch.arange(4))
+    assert output.loss == 0
+    assert output.num_items == 1
+
+
 def test_learned_temperature_starts_at_the_option_and_gets_a_gradient(clips):
     model = make_model("info_nce", learned_temperature=True, temperature=0.3)
     objective = model.objectives["info_nce"]
@@ -176,7 +191,7 @@ def test_loss_is_the_weighted_sum_of_means(pretraining_config, clips):
     assert set(means) == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("name", [name for name in MASKED if name != "hubert"])
+@pytest.mark.parametrize("name", [*(name for name in MASKED if name != "hubert"), "denoising"])
 def test_targets_stay_clean_when_the_input_is_corrupted(name, clips):
     model = make_model(name).eval()
     clean = make_batch(model, clips, corrupt_input=False)
@@ -212,7 +227,6 @@ def test_context_of_cpc_knows_nothing_of_the_future(config):
     after = encoder(samples, causal=True)
     torch.testing.assert_close(after.last_hidden_state[:, : frame + 1], before.last_hidden_state[:, : frame + 1])
     assert not torch.equal(after.last_hidden_state[:, frame + 1], before.last_hidden_state[:, frame + 1])
-    # What it is to predict two steps ahead is not in it at all.
     changed = (after.extract_features != before.extract_features).any(-1)[0].nonzero()[0].item()
     assert changed == frame + 1
     samples[:, end - 40 :] = torch.randn(1, 16040 - end)
@@ -412,6 +426,10 @@ def test_adding_an_objective_takes_a_class_and_a_line(monkeypatch, clips, tmp_pa
         ({"siamese": {"form": "twins"}}, "siamese.form must be one of contrastive, simsiam, found 'twins'"),
         ({"triplet": {"mining": "easy"}}, "triplet.mining must be one of batch_all, batch_hard, semi_hard"),
         ({"prototypical": {"n_way": 1}}, "prototypical.n_way must be at least 2, found 1"),
+        (
+            {"masked_reconstruction": {"max_band": 99}},
+            "max_band must be at most the encoder's num_mel_bins, 80, found 99",
+        ),
         ({"data2vec": {"ema_decay_end": 1.5}}, "data2vec.ema_decay_end must be at most 1, found 1.5"),
         ({"info_nce": {"learned_temperature": 3}}, "info_nce.learned_temperature must be like its default False"),
         ({}, "objectives is empty"),

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCTC
 from hf_speechcl import OBJECTIVES
 from hf_speechcl.training.make_units import main as make_units
 from hf_speechcl.training.pretrain import main as pretrain
+from tests.conftest import ROOT
 
 # A run of 200 updates that takes seconds; hundreds of updates want a quicker teacher, and 2 minutes of audio few codes.
 OPTIONS = {
@@ -53,9 +54,49 @@ def test_objective_learns_resumes_exactly_and_loads(name, tmp_path, request):
         load_file(again / "model.safetensors"), load_file(whole / "model.safetensors"), rtol=0, atol=0
     )
 
+    if name == "data2vec":
+        halfway = load_file(whole / "checkpoint-100" / "model.safetensors")
+        teacher = "objectives.data2vec.teacher.norm.bias"
+        assert not torch.equal(halfway[teacher], load_file(whole / "model.safetensors")[teacher])
+
     samples = torch.randn(1, 8000)
     encoder, recognizer = AutoModel.from_pretrained(whole), AutoModelForCTC.from_pretrained(whole)
     assert encoder(samples).last_hidden_state.shape == (1, 13, 64)
     torch.testing.assert_close(
         recognizer.speechcl.eval()(samples).last_hidden_state, encoder.eval()(samples).last_hidden_state
     )
+
+
+def test_labels_noise_corruption_and_accumulation_together(audio_folder, tmp_path, monkeypatch):
+    corrupted = []
+    monkeypatch.setattr(
+        "hf_speechcl.data.augment.Augmentation._noise",
+        lambda self, clip, rng: corrupted.append(self.noise) or clip * 0.5,
+    )
+    lines = ["file_name,speaker", *(f"clip{number}.wav,{'ab'[number % 2]}" for number in range(4))]
+    (audio_folder / "metadata.csv").write_text("\n".join(lines))
+    options = "--objectives prototypical=1 triplet=1 best_rq=1 denoising=1 --label_column speaker --clips_per_label 2 "
+    options += (
+        "--corrupt_input --corruptions noise=1 --view_augmentations gain=1 --max_seconds 3 --eval_strategy steps "
+    )
+    options += (
+        "--validation_fraction 0.5 --gradient_accumulation_steps 2 --max_steps 2 --eval_steps 1 --save_strategy no"
+    )
+    sources = ["--corpus", str(audio_folder), "--noise_corpus", str(audio_folder)]
+    pretrain([*RUN, *options.split(), *sources, "--output_dir", str(tmp_path / "run")])
+    assert corrupted
+    assert all(noise is not None for noise in corrupted)
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_loss" in entry for entry in log) == 3
+
+
+def test_article_configuration_trains_its_model(tmp_path):
+    config = str(ROOT / "scripts" / "configs" / "article.yaml")
+    pretrain(["--config", config, "--use_cpu", "--disable_tqdm", "True", "--max_steps", "30", "--eval_on_start", "True"]
+             + ["--output_dir", str(tmp_path)])  # fmt: skip
+    weights = load_file(tmp_path / "model.safetensors")
+    shapes = [tuple(value.shape) for name, value in weights.items() if name.endswith("weight")]
+    assert sorted(shapes, reverse=True) == [(64, 128), (32, 64), (16, 32), (8, 16)]
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert losses[-1] < losses[0]

@@ -135,6 +135,43 @@ def test_cached_gradient_equals_that_of_one_batch_with_dropout(corpus, tmp_path)
             torch.testing.assert_close(parameter.grad, whole[1][name], rtol=1e-4, atol=1e-6)
 
 
+def test_micro_batches_are_encoded_twice_with_the_same_dropout_and_precision(corpus, tmp_path, monkeypatch):
+    objectives = {"info_nce": SMALL_OBJECTIVES["info_nce"]}
+    trainer = make_pretraining_trainer(corpus, tmp_path, objectives, bf16=True)
+    trainer.model = trainer.accelerator.prepare_model(trainer.model)
+    for module in trainer.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    seen = []
+    embed = type(trainer.model.objectives["info_nce"]).embed
+
+    def spy(self, *args):
+        embedded = embed(self, *args)
+        seen.append(embedded["embeddings"].detach().clone())
+        return embedded
+
+    monkeypatch.setattr(type(trainer.model.objectives["info_nce"]), "embed", spy)
+    items = [trainer.train_dataset[0, index] for index in range(9)]
+    gradients(trainer, [trainer.data_collator(items[start : start + 3]) for start in (0, 3, 6)])
+    assert len(seen) == 6
+    for first, second in zip(seen[:3], seen[3:]):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_validation_compares_the_same_clips_in_whatever_batches(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_speechcl.training.pretraining_trainer.EVALUATION_CLIPS", 5)
+    trainer = make_pretraining_trainer(corpus, tmp_path, {"info_nce": SMALL_OBJECTIVES["info_nce"]})
+    first = trainer.evaluate()["eval_loss"]
+    trainer.max_seconds_per_batch = 30
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(first, rel=1e-5)
+
+
+def test_comparing_objectives_refuse_what_they_cannot_do(corpus, tmp_path):
+    objectives = {"info_nce": SMALL_OBJECTIVES["info_nce"]}
+    with pytest.raises(ValueError, match="torch_compile does not work with info_nce"):
+        make_pretraining_trainer(corpus, tmp_path, objectives, torch_compile=True)
+
+
 def test_without_grad_cache_micro_batches_are_compared_each_for_itself(corpus, tmp_path):
     objectives = {"info_nce": SMALL_OBJECTIVES["info_nce"]}
     trainer = make_pretraining_trainer(corpus, tmp_path, objectives, grad_cache=False)
@@ -297,6 +334,30 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
     launch(ROOT / "scripts" / "pretrain.py", *common, "--output_dir", tmp_path / "two")
     one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_compared_clips_of_two_processes_equal_those_of_one_with_accumulation_and_validation(tmp_path):
+    common = [
+        "--max_steps",
+        2,
+        "--encoder_options",
+        *TINY_OPTIONS,
+        *FAST_RUN,
+        "--optim",
+        "sgd",
+        "--learning_rate",
+        "0.1",
+    ]
+    common += ["--objectives", "info_nce=1", "siamese=1", "--eval_strategy", "steps", "--eval_steps", 1]
+    common += ["--objective_options", "siamese.form=simsiam", "--view_augmentations", "gain=1"]
+    run_script("pretrain.py", *common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 4)
+    launch(
+        ROOT / "scripts" / "pretrain.py", *common, "--output_dir", tmp_path / "two", "--gradient_accumulation_steps", 2
+    )
+    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+    one, two = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-3)
 
 
 def test_two_processes_score_as_one_does_even_if_one_has_no_batch(tmp_path, audio_folder):

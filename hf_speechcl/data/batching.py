@@ -1,5 +1,6 @@
 """Batches of clips: of similar duration, filled to a number of seconds; or of several clips of each of some labels."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -95,13 +96,13 @@ class LabelBatchSampler(Sampler):
 
     Args:
         labels: (N,) of every clip.
-        clips_per_batch: clips of a batch; at least two labels are in it.
+        clips_per_batch: clips of a batch, at most; two labels at least must fit into it.
         clips_per_label: clips of each label, with repetition where a label has fewer.
         seed: of the order, which is a function of (seed, epoch).
         rank, world_size: every rank gets each world_size-th batch.
 
     Yields:
-        Lists of keys (epoch, index) for `SpeechDataset`.
+        Lists of keys (epoch, index) for `SpeechDataset`; (epoch, index, n) where a clip comes again in the epoch.
 
     Source: Hermans et al. 2017, arXiv 1703.07737, section 2 (batches of P classes with K examples).
     """
@@ -118,7 +119,12 @@ class LabelBatchSampler(Sampler):
         self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         if len(self.members) < 2:
             raise ValueError("all clips have the same label: there is nothing to compare them by")
-        self.labels_per_batch = min(max(2, clips_per_batch // clips_per_label), len(self.members))
+        if clips_per_batch < 2 * clips_per_label:
+            raise ValueError(
+                f"a batch has room for {clips_per_batch} clips, and two labels with clips_per_label={clips_per_label} "
+                f"need {2 * clips_per_label}: raise max_seconds_per_batch, or lower clips_per_label or view_seconds"
+            )
+        self.labels_per_batch = min(clips_per_batch // clips_per_label, len(self.members))
         self.clips_per_label, self.seed, self.rank, self.world_size = clips_per_label, seed, rank, world_size
         self.epoch = 0
         self.drop_last = False
@@ -134,15 +140,19 @@ class LabelBatchSampler(Sampler):
         rng = np.random.default_rng([self.seed, self.epoch])
         clips = [_forever(members, rng.spawn(1)[0]) for members in self.members]
         queue: list[int] = []
+        drawn: Counter[int] = Counter()
         for batch in range(self.num_batches * self.world_size):
             if len(set(queue)) < self.labels_per_batch:
                 queue += rng.permutation(len(clips)).tolist()
             chosen = list(dict.fromkeys(queue))[: self.labels_per_batch]
             for label in chosen:
                 queue.remove(label)
-            indices = [int(next(clips[label])) for label in chosen for _ in range(self.clips_per_label)]
+            keys = []
+            for index in [int(next(clips[label])) for label in chosen for _ in range(self.clips_per_label)]:
+                keys.append((self.epoch, index, drawn[index]) if drawn[index] else (self.epoch, index))
+                drawn[index] += 1
             if batch % self.world_size == self.rank:
-                yield [(self.epoch, index) for index in indices]
+                yield keys
 
 
 def _forever(members: np.ndarray, rng: np.random.Generator) -> Iterator[int]:

@@ -92,7 +92,7 @@ class PretrainingCollator:
     - `frame_negative_indices` (F, num_frame_negatives): the same among all F frames of the batch's clips;
     - `clean_values` (B, S), where `input_values` are corrupted;
     - `view_values` (B * num_views, S'), `view_attention_mask`, `clip_labels` (B,) and `clip_keys` (B,), see
-      `UtteranceObjective`. A view is a crop of its clip, of 60 to 100% of it and no longer than max_view_samples;
+      `UtteranceObjective`. A view is a crop, of 60 to 100% of its clip or of max_view_samples, if that is less;
     - `mask_feature_indices` (B, num_mel_bins) bool, a band of mel bins, and `log_mel_noise` (B, F, num_mel_bins);
     - `units` (B, T), padded with -100.
 

@@ -72,8 +72,8 @@ class SpeechDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> dict:
+        epoch, index, *repeat = key
         row = self.corpus[int(self.rows[index])]
         duration = None if self.whole[index] else self.durations[index]
         try:
@@ -86,6 +86,6 @@ class SpeechDataset(Dataset):
         return {
             "index": index,
             "label": int(self.labels[index]),
-            "seed": (self.seed, epoch, index),
+            "seed": (self.seed, epoch, index, *repeat),
             "input_values": input_values,
         }

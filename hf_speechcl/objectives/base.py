@@ -34,6 +34,7 @@ class Objective(nn.Module):
 
     Class attributes:
         uses_mask: the encoder is given `mask_time_indices`, so that its mask vector is trained.
+        learns_codes: its codes may collapse; the collapse guard watches their perplexity.
         remedy: one sentence for the collapse guard: what to change if this objective collapses.
 
     A constructor takes `(config, **options)`, all options with defaults: the config is the encoder's, any of the
@@ -43,6 +44,7 @@ class Objective(nn.Module):
     """
 
     uses_mask = False
+    learns_codes = False
     remedy = "lower learning_rate, raise warmup_steps."
 
     def forward(self, encoder, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:

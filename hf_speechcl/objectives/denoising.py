@@ -31,7 +31,6 @@ class Denoising(Objective):
     several corruptions Ravanelli et al. 2020 (PASE+), arXiv 2001.09239.
     """
 
-    uses_mask = True
     remedy = "the targets cannot collapse: look for silent or constant audio, then lower learning_rate."
 
     def __init__(self, config, masked_only: bool = False, norm: str = "l1", num_mel_bins: int = 80):

@@ -62,19 +62,26 @@ class InfoNCE(UtteranceObjective):
     ):
         super().__init__(config, 2, pooling, proj_dim, proj_layers, batch_norm)
         self.initial_temperature = temperature
-        self.log_temperature = nn.Parameter(torch.empty(()), requires_grad=learned_temperature)
+        self.log_temperature = nn.Parameter(torch.empty(())) if learned_temperature else None
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        if self.log_temperature is None:
+            return torch.tensor(self.initial_temperature)
+        return self.log_temperature.exp().clamp_min(0.01)
 
     def init_weights(self):
-        init.constant_(self.log_temperature, math.log(self.initial_temperature))
+        if self.log_temperature is not None:
+            init.constant_(self.log_temperature, math.log(self.initial_temperature))
 
     def contrast(self, embeddings, labels, keys):
-        temperature = self.log_temperature.exp().clamp_min(0.01)
+        temperature = self.temperature
         logits = nt_xent_logits(embeddings, labels, temperature)
         with torch.no_grad():
             metrics = {
                 "accuracy": (logits.argmax(-1) == 0).float().sum(),
                 "chance": (1 / logits.isfinite().sum(-1)).sum(),
-                "temperature": temperature * len(logits),
+                "temperature": temperature.to(logits.device) * len(logits),
             }
         return ObjectiveOutput(
             loss=-logits.log_softmax(-1)[:, 0].sum(),

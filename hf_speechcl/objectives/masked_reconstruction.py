@@ -44,6 +44,11 @@ class MaskedReconstruction(Objective):
     ):
         super().__init__()
         check_choice("masked_reconstruction.norm", norm, ("l1", "l2"))
+        if max_band > getattr(config, "num_mel_bins", max_band):
+            raise ValueError(
+                f"masked_reconstruction.max_band must be at most the encoder's num_mel_bins, {config.num_mel_bins}, "
+                f"found {max_band}"
+            )
         self.masked_only, self.norm = masked_only, norm
         self.alteration = {"max_band": max_band, "log_mel_noise_prob": noise_prob, "log_mel_noise_std": noise_std}
         self.targets = LogMelTargets(config, num_mel_bins)

@@ -54,11 +54,11 @@ class Siamese(UtteranceObjective):
         form: "contrastive" (Hadsell et al. 2006) or "simsiam" (Chen and He 2020; views only, labels are not used).
         margin: of the contrastive form, m, in distances between unit vectors, which are 0 to 2;
             1.4 lies between unit vectors at right angles.
-        stop_gradient: of SimSiam. Without it everything collapses to one vector; off only to see that.
+        stop_gradient: of SimSiam, against a collapse to one vector; off only to see that.
         pooling, proj_dim, proj_layers, batch_norm: from frames to an embedding, see `UtteranceObjective`.
 
     Of the contrastive form, all pairs of the update count, and those of the same class as much as the others together:
-    pairs of different classes are so many more. SimSiam collapses without batch_norm, stop-gradient or not.
+    pairs of different classes are so many more. SimSiam needs batch_norm as well as the stop-gradient.
 
     Source: Hadsell et al. 2006; Chen and He 2020, arXiv 2011.10566.
     """
@@ -90,7 +90,9 @@ class Siamese(UtteranceObjective):
     def contrast(self, embeddings, labels, keys):
         if self.form == "simsiam":
             rows = embeddings.flatten(0, 1)
-            predictions = self.predictor(rows) if len(rows) else rows + self.predictor[0].weight.sum()
+            predictions = (
+                self.predictor(rows) if len(rows) else rows + sum(p.sum() for p in self.predictor.parameters())
+            )
             targets = embeddings.detach() if self.stop_gradient else embeddings
             return ObjectiveOutput(
                 loss=simsiam_loss(predictions.view_as(embeddings), targets),

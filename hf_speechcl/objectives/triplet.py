@@ -99,7 +99,10 @@ class Triplet(UtteranceObjective):
         losses = nn.functional.softplus(gaps) if self.soft_margin else (gaps + self.margin).clamp_min(0)
         active = losses.detach() > 0
         only_active = self.mining == "batch_all" and not self.soft_margin
-        num_items = active.sum() if only_active else torch.tensor(len(gaps), device=gaps.device)
+        # Triplets that all keep the margin make a loss of 0, not of nothing.
+        num_items = torch.tensor(len(gaps), device=gaps.device)
+        if only_active:
+            num_items = active.sum().clamp_min(1).minimum(num_items)
         share = num_items / max(len(gaps), 1)
         all_gaps = triplet_gaps(*as_rows(embeddings, labels), "batch_all").detach()
         return ObjectiveOutput(

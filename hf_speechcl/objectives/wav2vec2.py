@@ -67,10 +67,13 @@ class Wav2Vec2Contrastive(Objective):
         gumbel_anneal: share of the run after which the lower temperature is reached, geometrically. The paper's factor
             of 0.999995 per update reaches it after 277,000 of 400,000 updates.
 
+    With corrupted input the targets come from a second pass over the clean clip, of which the layers are not needed.
+
     Source: Baevski et al. 2020, arXiv 2006.11477, eq. 2 to 4. Differs from it in the diversity loss, see there.
     """
 
     uses_mask = True
+    learns_codes = True
     remedy = "lower learning_rate, raise wav2vec2.diversity_weight, start the Gumbel temperature higher."
 
     def __init__(

@@ -49,7 +49,9 @@ class PretrainingDataArguments(ClipArguments, CorpusArguments):
     max_clips_per_batch: int | None = option(None, "Clips in a batch on one device, beside the limit in seconds.")
     mask_prob: float = option(0.65, "Length of all masked spans together, as a share of the clip; spans may overlap.")
     mask_span: float = option(0.2, "Length of a masked span in seconds.")
-    view_seconds: float = option(3.0, "Longest view, for objectives that compare clips; a view is 0.6 to 1 of a clip.")
+    view_seconds: float = option(
+        3.0, "Longest view, for objectives that compare clips; a view is 0.6 to 1 of a clip or of this."
+    )
     view_augmentations: list[str] = option(
         ["gain=1.0", "noise=0.3", "reverb=0.2"],
         "What is done to views, with what probability: speed, mix, reverb, noise, band_limit, clipping, gain, drop; "
@@ -77,8 +79,10 @@ class PretrainingDataArguments(ClipArguments, CorpusArguments):
             raise ValueError(f"max_clips_per_batch must be positive, found {self.max_clips_per_batch}")
         if self.clips_per_label < 1:
             raise ValueError(f"clips_per_label must be positive, found {self.clips_per_label}")
-        if len(self.snr_db) != 2:
+        if len(self.snr_db) != 2 or self.snr_db[0] > self.snr_db[1]:
             raise ValueError(f"snr_db must be two numbers, the lowest and the highest, found {self.snr_db}")
+        if self.view_seconds < 0.1:
+            raise ValueError(f"view_seconds must be 0.1 at least, found {self.view_seconds}")
 
 
 @dataclass
@@ -108,7 +112,7 @@ class SpeechTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = option("cosine", "How the learning rate falls after the warm-up.")
     warmup_steps: float = option(0.1, "Updates of warm-up, or their share of the run if below 1.")
     adam_beta2: float = option(0.98, "Second-moment decay of AdamW; 0.98 is wav2vec 2.0's.")
-    weight_decay: float = option(0.01, "Weight decay of AdamW, on matrices only.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW, but for biases and norms.")
     logging_steps: float = option(10, "Updates between two log lines.")
     logging_nan_inf_filter: bool = option(False, "Hide losses that are not finite from the log; off: the run stops.")
     eval_strategy: str = option("steps", "When to compute the validation loss: no, steps or epoch.")
@@ -129,6 +133,8 @@ class SpeechTrainingArguments(TrainingArguments):
     stop_on_collapse: int = option(0, "Stop after so many validations in a row that found a collapse; 0 goes on.")
 
     def __post_init__(self):
+        if self.stop_on_collapse < 0:
+            raise ValueError(f"stop_on_collapse must not be negative, found {self.stop_on_collapse}")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is not used: batches are measured in seconds, set max_seconds_per_batch")
@@ -150,6 +156,8 @@ def parse_objectives(objectives: list[str], options: list[str]) -> dict[str, dic
         ValueError: not of the form NAME=WEIGHT, a weight that is no positive number, an option of an absent objective.
     """
     weights = parse_assignments([text if "=" in text else f"{text}=1.0" for text in objectives], "objectives")
+    if len(weights) < len(objectives):
+        raise ValueError(f"objectives: each may be named once, found {' '.join(objectives)}")
     parsed = {}
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < math.inf:

@@ -80,6 +80,7 @@ class CollapseGuard:
         self.model, self.learning_rate, self.stop_after = model, learning_rate, stop_after
         self.vectors: dict[str, list[torch.Tensor]] = {}
         self.collapsed_in_a_row = 0
+        self.judged = -1
         self.verdict = ""
 
     @contextmanager
@@ -151,7 +152,11 @@ class CollapseGuard:
         else:
             worst = {where for found, where, _ in findings if found == level}
             logger.warning("collapse guard, update %d: %s. %s. %s", update, self.verdict, reasons, self._explain(worst))
-        self.collapsed_in_a_row = self.collapsed_in_a_row + 1 if self.verdict == "collapsed" else 0
+        if self.verdict != "collapsed":
+            self.collapsed_in_a_row = 0
+        elif update != self.judged:
+            self.collapsed_in_a_row += 1
+        self.judged = update
         if self.stop_after and self.collapsed_in_a_row >= self.stop_after:
             raise CollapseError(
                 f"stopped at update {update}, as stop_on_collapse asks: {reasons}. {self._explain(worst)}"
@@ -161,7 +166,7 @@ class CollapseGuard:
     def _judge_metrics(self, name: str, scalars: dict[str, float]) -> list[tuple[int, str, str]]:
         findings = []
         perplexity = scalars.get(f"{name}/code_perplexity")
-        if perplexity is not None:
+        if perplexity is not None and self.model.objectives[name].learns_codes:
             used = scalars[f"{name}/codes_used"]
             text = f"{name}: {used:.0f} codes in use, perplexity {perplexity:.1f}"
             findings.append((_level(perplexity, PERPLEXITY_LIMITS), name, text))

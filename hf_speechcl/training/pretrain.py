@@ -65,6 +65,11 @@ def build_model(model_args: PretrainingModelArguments, units: Units | None = Non
     if not Path(model_args.encoder).is_dir() and "/" not in model_args.encoder:
         raise ValueError(f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
     check_units(units, model_args.encoder)
+    earlier = (SpeechCLConfig.from_pretrained(model_args.encoder).objectives or {}).get("best_rq")
+    if earlier and "best_rq" in objectives and earlier.get("seed", 0) != objectives["best_rq"].get("seed", 0):
+        raise ValueError(
+            f"best_rq.seed: {model_args.encoder} has quantisers of seed {earlier.get('seed', 0)}, go on with that one"
+        )
     config = SpeechCLConfig.from_pretrained(model_args.encoder, objectives=objectives)
     # Objectives may have other options than those the folder was trained with: what no longer fits is drawn anew.
     return SpeechCLForPreTraining.from_pretrained(model_args.encoder, config=config, ignore_mismatched_sizes=True)
@@ -106,6 +111,9 @@ def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTrai
             f"prototypical.num_views={prototypical.num_views}, but without label_column every clip is a class of its "
             f"own: leave num_views out, or make it at least k_shot + 1 = {prototypical.k_shot + 1}"
         )
+    corrupts = data_args.corrupt_input or model.collator_options().get("corrupt_input")
+    if data_args.noise_corpus and not corrupts and not model.comparing:
+        raise ValueError("noise_corpus is for views and corrupted input: add --corrupt_input, or leave it out")
     if data_args.label_column is not None and not model.comparing:
         raise ValueError(
             f"label_column={data_args.label_column!r} is for objectives that compare clips (info_nce, siamese, "
@@ -199,8 +207,8 @@ def main(argv: list[str] | None = None) -> None:
         ),
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate()
     trainer.save_model()
+    metrics = trainer.evaluate()
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return

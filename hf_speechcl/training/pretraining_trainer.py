@@ -1,5 +1,6 @@
 """The Trainer of pre-training: objectives that compare clips compare all clips of an update."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from ..distributed import gather_rows
 from ..objectives import ObjectiveOutput, UtteranceObjective
 from .guard import CollapseGuard
 from .trainer import SpeechTrainer
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_CLIPS = 128  # compared with each other in validation
 
@@ -69,6 +72,16 @@ class PretrainingTrainer(SpeechTrainer):
         self, *, max_clips_per_batch: int | None = None, clips_per_label: int = 4, view_seconds: float = 3.0, **kwargs
     ):
         super().__init__(**kwargs)
+        if self.args.torch_compile and self.model.comparing:
+            raise ValueError(
+                f"torch_compile does not work with {', '.join(self.model.comparing)}, which encode views apart from "
+                "the forward pass: leave it out"
+            )
+        if self.model.comparing and len(self.eval_dataset) < 2:
+            raise ValueError(
+                f"{', '.join(self.model.comparing)} compare clips, and validation has one clip only: raise "
+                "validation_fraction, or give a source with a validation split"
+            )
         self.max_clips_per_batch, self.clips_per_label = max_clips_per_batch, clips_per_label
         self.view_seconds = view_seconds
         self.guard = CollapseGuard(self.model, self.args.learning_rate, self.args.stop_on_collapse)
@@ -84,9 +97,11 @@ class PretrainingTrainer(SpeechTrainer):
             if len(self.model.comparing) == len(self.model.objectives):
                 longest = min(longest, self.view_seconds)
             clips = int(self.max_seconds_per_batch / longest)
-            return LabelBatchSampler(
+            sampler = LabelBatchSampler(
                 dataset.labels, min(clips, self.max_clips_per_batch or clips), self.clips_per_label, **options
             )
+            logger.info("batches of %d clips of each of %d labels", self.clips_per_label, sampler.labels_per_batch)
+            return sampler
         return DurationBatchSampler(
             dataset.durations,
             self.max_seconds_per_batch,
@@ -110,7 +125,7 @@ class PretrainingTrainer(SpeechTrainer):
         for batch in batches:
             self.random_states.append(RandomState(self.args.device))
             inputs = self._prepare_inputs({key: batch[key] for key in batch if key.startswith(("view_", "clip_"))})
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.accelerator.autocast():
                 embedded.append(self.model.embed(inputs))
         for name, objective in self.model.comparing.items():
             leaves = [
@@ -134,7 +149,7 @@ class PretrainingTrainer(SpeechTrainer):
         return objective.compare({key: gather_rows(value) for key, value in embedded.items()})
 
     def objective_outputs(self, model, inputs):
-        if self.cached:
+        if model.training and self.cached:
             self.random_states[self.micro_batch].restore()
         outputs = model(compare=False, **inputs)
         objectives = dict(outputs.objectives)
