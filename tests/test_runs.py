@@ -73,15 +73,15 @@ def test_labels_noise_corruption_and_accumulation_together(audio_folder, tmp_pat
         "hf_speechcl.data.augment.Augmentation._noise",
         lambda self, clip, rng: corrupted.append(self.noise) or clip * 0.5,
     )
-    lines = ["file_name,speaker", *(f"clip{number}.wav,{'ab'[number % 2]}" for number in range(4))]
-    (audio_folder / "metadata.csv").write_text("\n".join(lines))
+    shutil.copytree(audio_folder, audio_folder / "validation")
+    speakers = [f"clip{number}.wav,{'ab'[number % 2]}" for number in range(4)]
+    for folder in (audio_folder, audio_folder / "validation"):
+        (folder / "metadata.csv").write_text("\n".join(["file_name,speaker", *speakers]))
     options = "--objectives prototypical=1 triplet=1 best_rq=1 denoising=1 --label_column speaker --clips_per_label 2 "
     options += (
         "--corrupt_input --corruptions noise=1 --view_augmentations gain=1 --max_seconds 3 --eval_strategy steps "
     )
-    options += (
-        "--validation_fraction 0.5 --gradient_accumulation_steps 2 --max_steps 2 --eval_steps 1 --save_strategy no"
-    )
+    options += "--gradient_accumulation_steps 2 --max_steps 2 --eval_steps 1 --save_strategy no"
     sources = ["--corpus", str(audio_folder), "--noise_corpus", str(audio_folder)]
     pretrain([*RUN, *options.split(), *sources, "--output_dir", str(tmp_path / "run")])
     assert corrupted
