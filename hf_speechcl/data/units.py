@@ -79,8 +79,8 @@ class Units:
         for name, value in own.items():
             if options.get(name) not in (None, "", value):
                 raise ValueError(
-                    f"mismatched units: {source} has {name}={options[name]!r}, but {self.folder} has {value!r}: give "
-                    "the units that the encoder was trained with, or start a new encoder"
+                    f"mismatched units: {source} has {name}={options[name]!r}, but {self.folder} has {value!r}: leave "
+                    "the option out, give the units that the encoder was trained with, or start a new encoder"
                 )
         return options | own
 
