@@ -126,6 +126,11 @@ def check_probabilities(probabilities: dict[str, float], field: str) -> None:
             raise ValueError(f"{field}: found {name}={probability}, expected a number from 0 to 1")
 
 
+def keeps_time(probabilities: dict[str, float]) -> bool:
+    """Whether the length is kept and every sound its place, as targets aligned in time need."""
+    return probabilities.get("speed", 0) == 0
+
+
 class Augmentation:
     """Corruptions of a waveform, each applied with a probability, in the order of CORRUPTIONS.
 
@@ -135,9 +140,6 @@ class Augmentation:
         snr_db: range of the signal-to-noise ratio of `noise`.
         noise: clips to take noise from; without, it is Gaussian with a slope between white and brown.
         speech: other utterances, for `mix`. The clip itself, if among them, may be drawn too.
-
-    Attributes:
-        keeps_time: whether the length is kept and every sound its place, as targets aligned in time need.
 
     A call draws the same from `rng` whatever it applies, and each corruption has a generator of its own: what one of
     them does to a clip does not depend on the others. A clip of `noise` or `speech` that cannot be decoded is replaced
@@ -167,10 +169,6 @@ class Augmentation:
                 raise ValueError(f"{name}: found clips at {dataset.sampling_rate} Hz, expected {sampling_rate} Hz")
         self.probabilities, self.sampling_rate, self.snr_db = dict(probabilities), sampling_rate, snr_db
         self.noise, self.speech = noise, speech
-
-    @property
-    def keeps_time(self) -> bool:
-        return self.probabilities.get("speed", 0) == 0
 
     def __call__(self, clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Corrupt a clip (S,) float32. Returns (S',) float32, S' = S unless `speed` is applied; the clip itself where

@@ -51,8 +51,8 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`num_items` of the batch, known before the forward pass."""
-        raise NotImplementedError
+        """`num_items` of the batch, known before the forward pass; the masked frames, unless a subclass counts others."""
+        return batch["mask_time_indices"].sum()
 
     def collator_options(self) -> dict[str, int | float]:
         """Fields of `PretrainingCollator` that must have at least these values for the batches to serve."""

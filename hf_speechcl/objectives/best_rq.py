@@ -57,9 +57,6 @@ class BestRQ(Objective):
         self.quantizer = RandomProjectionQuantizer(self.targets.dim, codebook_dim, codebook_size, num_codebooks, seed)
         self.head = nn.Linear(config.hidden_size, num_codebooks * codebook_size)
 
-    def count_items(self, batch):
-        return batch["mask_time_indices"].sum()
-
     def forward(self, encoder, batch):
         mask = batch["mask_time_indices"].bool()
         hidden_states = encoder(

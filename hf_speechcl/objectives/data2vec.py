@@ -90,9 +90,6 @@ class Data2Vec(Objective):
         for target, source in zip(self.teacher.parameters(), encoder.parameters()):
             target.lerp_(source.detach().to(target.dtype), 1 - self.decay)
 
-    def count_items(self, batch):
-        return batch["mask_time_indices"].sum()
-
     def forward(self, encoder, batch):
         self.begin(encoder)
         mask = batch["mask_time_indices"].bool()

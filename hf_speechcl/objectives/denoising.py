@@ -44,7 +44,7 @@ class Denoising(Objective):
         return {"corrupt_input": True}
 
     def count_items(self, batch):
-        return batch["mask_time_indices"].sum() if self.uses_mask else batch["frame_counts"].sum()
+        return super().count_items(batch) if self.uses_mask else batch["frame_counts"].sum()
 
     def forward(self, encoder, batch):
         mask = batch["mask_time_indices"].bool() if self.uses_mask else None

@@ -70,9 +70,6 @@ class HuBERT(Objective):
         self.project = nn.Linear(config.hidden_size, proj_dim)
         self.embeddings = UnitEmbeddings(num_units, proj_dim)
 
-    def count_items(self, batch):
-        return batch["mask_time_indices"].sum()
-
     def forward(self, encoder, batch):
         mask = batch["mask_time_indices"].bool()
         hidden_states = encoder(

@@ -58,7 +58,7 @@ class MaskedReconstruction(Objective):
         return self.alteration
 
     def count_items(self, batch):
-        return batch["mask_time_indices"].sum() if self.masked_only else batch["frame_counts"].sum()
+        return super().count_items(batch) if self.masked_only else batch["frame_counts"].sum()
 
     def forward(self, encoder, batch):
         mask = batch["mask_time_indices"].bool()

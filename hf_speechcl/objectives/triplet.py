@@ -104,7 +104,8 @@ class Triplet(UtteranceObjective):
         if only_active:
             num_items = active.sum().clamp_min(1).minimum(num_items)
         share = num_items / max(len(gaps), 1)
-        all_gaps = triplet_gaps(*as_rows(embeddings, labels), "batch_all").detach()
+        with torch.no_grad():
+            all_gaps = gaps if self.mining == "batch_all" else triplet_gaps(*as_rows(embeddings, labels), "batch_all")
         return ObjectiveOutput(
             loss=losses.sum(),
             num_items=num_items,

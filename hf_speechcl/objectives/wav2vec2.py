@@ -108,9 +108,6 @@ class Wav2Vec2Contrastive(Objective):
     def collator_options(self):
         return {"num_negatives": self.num_negatives}
 
-    def count_items(self, batch):
-        return batch["mask_time_indices"].sum()
-
     def forward(self, encoder, batch):
         mask = batch["mask_time_indices"].bool()
         outputs = encoder(batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask)

@@ -10,7 +10,7 @@ from transformers import Wav2Vec2FeatureExtractor, set_seed
 from ..command_line import parse_arguments, parse_assignments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data import PretrainingCollator, SpeechDataset
-from ..data.augment import Augmentation, check_probabilities
+from ..data.augment import Augmentation, check_probabilities, keeps_time
 from ..data.corpora import load_corpus, load_train_and_validation
 from ..data.rooms import simulate_rooms
 from ..data.units import Units
@@ -103,7 +103,7 @@ def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTrai
     for field in ("view_augmentations", "corruptions"):
         probabilities = parse_assignments(getattr(data_args, field), field)
         check_probabilities(probabilities, field)
-        if field == "corruptions" and probabilities.get("speed"):
+        if field == "corruptions" and not keeps_time(probabilities):
             raise ValueError("corruptions must keep every sound in its place, so that targets fit: leave out speed")
     prototypical = model.comparing.get("prototypical")
     if prototypical and data_args.label_column is None and prototypical.num_views <= prototypical.k_shot:
