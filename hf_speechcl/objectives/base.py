@@ -51,7 +51,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`num_items` of the batch, known before the forward pass; the masked frames, unless a subclass counts others."""
+        """`num_items` of the batch, known before the forward pass; masked frames, if a subclass has no other."""
         return batch["mask_time_indices"].sum()
 
     def collator_options(self) -> dict[str, int | float]:
