@@ -1,9 +1,7 @@
-"""From transcripts to CTC labels: text normalisation, vocabulary, processor, and the check of what can be aligned."""
+"""From transcripts to CTC labels: vocabulary, processor, and the check of what can be aligned."""
 
 import json
-import re
 import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,22 +11,6 @@ import datasets
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 BLANK, WORD_DELIMITER, UNKNOWN = "[PAD]", "|", "[UNK]"
-
-
-def normalize_text(text: str, method: str = "basic") -> str:
-    """Bring a transcript into the form that is trained on and scored.
-
-    Args:
-        method: "basic" (Unicode NFKC, lower case; letters, marks, digits and apostrophes within words are kept,
-            everything else becomes a space) or "none" (only white space is collapsed).
-    """
-    if method == "basic":
-        text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
-        text = "".join(char if char == "'" or unicodedata.category(char)[0] in "LMN" else " " for char in text)
-        text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
-    elif method != "none":
-        raise ValueError(f"unknown text normalisation {method!r}: expected basic or none")
-    return " ".join(text.split())
 
 
 def build_processor(texts: list[str], sampling_rate: int) -> Wav2Vec2Processor:

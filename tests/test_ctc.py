@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_speechcl.ctc import build_processor, normalize_text, preflight
+from hf_speechcl.ctc import build_processor, preflight
 from hf_speechcl.evaluation.asr import SpeechErrorRates, bootstrap_interval, edit_counts
+from hf_speechcl.text import normalize_text
 
 
 def frames(samples: int) -> int:

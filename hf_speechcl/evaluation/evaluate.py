@@ -9,9 +9,9 @@ from accelerate import PartialState
 from transformers import AutoModelForCTC, AutoProcessor
 
 from ..command_line import option, parse_arguments
-from ..ctc import normalize_text
 from ..data import load_corpus
 from ..hub import source_name
+from ..text import normalize_text
 from .asr import SpeechErrorRates, transcribe
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 from ..command_line import option, parse_arguments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
-from ..ctc import BLANK, UNKNOWN, WORD_DELIMITER, build_processor, normalize_text, preflight
+from ..ctc import BLANK, UNKNOWN, WORD_DELIMITER, build_processor, preflight
 from ..data import CTCCollator, SpeechDataset
 from ..data.corpora import load_train_and_validation
 from ..evaluation.asr import SpeechErrorRates
@@ -30,6 +30,7 @@ from ..hub import (
 )
 from ..modeling_speechcl import SpeechCLForCTC
 from ..objectives import ObjectiveOutput
+from ..text import normalize_text
 from .arguments import CorpusArguments, SpeechTrainingArguments, parse_config_options, set_up_logging
 from .trainer import SpeechTrainer, find_checkpoint, keep_options
 
