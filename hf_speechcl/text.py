@@ -2,6 +2,9 @@
 
 import re
 import unicodedata
+from functools import cache
+
+NORMALIZATIONS = ("none", "basic", "whisper_english")
 
 
 def normalize_text(text: str, method: str = "basic") -> str:
@@ -9,12 +12,35 @@ def normalize_text(text: str, method: str = "basic") -> str:
 
     Args:
         method: "basic" (Unicode NFKC, lower case; letters, marks, digits and apostrophes within words are kept,
-            everything else becomes a space) or "none" (only white space is collapsed).
+            everything else becomes a space), "whisper_english" (as English results of Whisper are scored: besides
+            lower case and no punctuation, numbers as digits, American spelling, contractions and titles in full, no
+            "um" and no text in brackets), or "none" (only white space is collapsed).
+
+    Raises:
+        ValueError: no such method.
+        ModuleNotFoundError: whisper_english without the package whisper-normalizer.
+
+    Source: whisper_english is of Radford et al. 2022, arXiv 2212.04356, appendix C.
     """
     if method == "basic":
         text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
         text = "".join(char if char == "'" or unicodedata.category(char)[0] in "LMN" else " " for char in text)
         text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
+    elif method == "whisper_english":
+        text = _whisper_english()(text)
     elif method != "none":
-        raise ValueError(f"unknown text normalisation {method!r}: expected basic or none")
+        raise ValueError(f"unknown text normalisation {method!r}: expected {', '.join(NORMALIZATIONS)}")
     return " ".join(text.split())
+
+
+@cache
+def _whisper_english():
+    """The normaliser with its list of spellings, which transformers has the code of but not the list."""
+    try:
+        from whisper_normalizer.english import EnglishTextNormalizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "text normalisation whisper_english needs the package whisper-normalizer, which is not installed: "
+            "pip install hf_speechcl[eval], or choose basic or none"
+        ) from error
+    return EnglishTextNormalizer()

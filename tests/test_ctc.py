@@ -32,7 +32,7 @@ def test_basic_normalization(text, expected):
 
 def test_no_normalization_collapses_white_space_only():
     assert normalize_text(" Hold,  PLEASE\n", "none") == "Hold, PLEASE"
-    with pytest.raises(ValueError, match="'upper': expected basic or none"):
+    with pytest.raises(ValueError, match="'upper': expected none, basic, whisper_english"):
         normalize_text("a", "upper")
 
 

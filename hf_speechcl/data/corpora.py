@@ -3,6 +3,7 @@
 import logging
 import re
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def load_corpus(
     text_column: str = "text",
     require_text: bool = False,
     label_column: str | None = None,
+    keep_columns: Sequence[str] = (),
 ) -> Dataset:
     """Load one or several sources as rows `{"id", "audio": {"bytes", "path"}, "text", "duration"}`.
 
@@ -45,22 +47,27 @@ def load_corpus(
         audio_column, text_column: the columns of parquet files, metadata and Hub data sets.
         require_text: fail if a source has no text column.
         label_column: a column with the class of every clip (speaker, keyword, language), which comes as column label.
+        keep_columns: further columns to keep under their own names, as texts; None for the clips of a source that lacks
+            one.
 
     Returns:
-        `datasets.Dataset` with the columns id, audio, text (None where there is none), duration (seconds) and, if asked
-        for, label (string, None where there is none).
+        `datasets.Dataset` with the columns id (all different), audio, text (None where there is none), duration
+        (seconds) and, if asked for, label and others (string, None where there is none).
 
     Raises:
         FileNotFoundError: no such file or folder, or no audio in it.
-        ValueError: a column or a split is missing; the message names those there are.
+        ValueError: a column or a split is missing; the message names those there are. Or a column to keep has the name
+            of one that every corpus has.
     """
+    if taken := sorted({"id", "audio", "text", "label", "duration"} & set(keep_columns)):
+        raise ValueError(f"keep_columns: {', '.join(taken)} would hide a column that every corpus has: leave it out")
     sources = [sources] if isinstance(sources, str) else list(sources)
     parts = []
     for source in sources:
-        rows = _load_source(source, split, audio_column, text_column, require_text, label_column)
+        rows = _load_source(source, split, audio_column, text_column, require_text, label_column, keep_columns)
         parts.append(_measure(_with_unique_ids(rows), source))
         logger.info("%s, split %s: %d clips", source, split, len(parts[-1]))
-    corpus = concatenate_datasets(parts)
+    corpus = _with_unique_ids(concatenate_datasets(parts))
     if len(corpus) == 0:
         raise FileNotFoundError(
             f"no usable audio in split {split!r} of {', '.join(sources)}: see the skipped files above"
@@ -120,13 +127,20 @@ def corpus_splits(source: str) -> list[str]:
 
 
 def _load_source(
-    source: str, split: str, audio_column: str, text_column: str, require_text: bool, label_column: str | None
+    source: str,
+    split: str,
+    audio_column: str,
+    text_column: str,
+    require_text: bool,
+    label_column: str | None,
+    keep_columns: Sequence[str],
 ) -> Dataset:
-    """Rows of one source: id, audio, text, label if asked for, and duration where it is known already."""
+    """Rows of one source: id, audio, text, what else is asked for, and duration where it is known already."""
     path = None if source == "demo" else _local_path(source)
     if path is not None and not parquet_files(path):
         labels = () if label_column is None else (label_column,)
-        values = audio_files(path, (text_column, *labels), ((text_column,) if require_text else ()) + labels)
+        required = ((text_column,) if require_text else ()) + labels
+        values = audio_files(path, (text_column, *labels, *keep_columns), required)
         names = _of_split(list(values), split, source)
         table = {
             "id": names,
@@ -134,9 +148,9 @@ def _load_source(
             "text": [values[name][text_column] for name in names],
         }
         features = Features({"id": Value("string"), "audio": AUDIO, "text": Value("string")})
-        if label_column is not None:
-            table["label"] = [values[name][label_column] for name in names]
-            features["label"] = Value("string")
+        for column, name_in_source in _further_columns(label_column, keep_columns).items():
+            table[column] = [values[name][name_in_source] for name in names]
+            features[column] = Value("string")
         return Dataset.from_dict(table, features=features).cast_column("audio", Audio(decode=False))
 
     if source == "demo":
@@ -165,11 +179,17 @@ def _load_source(
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
     if not is_struct and not isinstance(feature, Audio):
         raise ValueError(f"{source}: the column {audio_column!r} holds {feature}, expected audio (bytes and path)")
-    return _standard_columns(dataset, audio_column, text_column, label_column)
+    return _standard_columns(dataset, audio_column, text_column, _further_columns(label_column, keep_columns))
 
 
-def _standard_columns(dataset: Dataset, audio_column: str, text_column: str, label_column: str | None) -> Dataset:
-    """The columns id, audio, text, label if asked for, and duration if there is one; audio is not decoded."""
+def _further_columns(label_column: str | None, keep_columns: Sequence[str]) -> dict[str, str]:
+    """Where the columns that were asked for come from, by their names in the corpus."""
+    labels = {} if label_column is None else {"label": label_column}
+    return labels | {column: column for column in keep_columns}
+
+
+def _standard_columns(dataset: Dataset, audio_column: str, text_column: str, further: dict[str, str]) -> Dataset:
+    """The columns id, audio, text, those asked for, and duration if there is one; audio is not decoded."""
     dataset = dataset.cast_column(audio_column, Audio(decode=False))
     columns = dataset.column_names
     paths = pyarrow.compute.struct_field(dataset.data.column(audio_column), "path").to_pylist()
@@ -182,12 +202,13 @@ def _standard_columns(dataset: Dataset, audio_column: str, text_column: str, lab
         rows = rows.rename_column(audio_column, "audio")
     rows = rows.add_column("id", [str(name or number) for number, name in enumerate(names)], feature=Value("string"))
     rows = rows.add_column("text", texts, feature=Value("string"))
-    if label_column is not None:
-        labels = dataset[label_column]
-        if isinstance(dataset.features[label_column], ClassLabel):
-            labels = dataset.features[label_column].int2str(labels[:])
-        labels = [None if label is None else str(label) for label in labels]
-        rows = rows.add_column("label", labels, feature=Value("string"))
+    for column, name_in_source in further.items():
+        values = dataset[name_in_source][:] if name_in_source in columns else [None] * len(dataset)
+        if isinstance(dataset.features.get(name_in_source), ClassLabel):
+            names = dataset.features[name_in_source].names
+            values = [None if value is None else names[value] for value in values]
+        values = [None if value is None else str(value) for value in values]
+        rows = rows.add_column(column, values, feature=Value("string"))
     if seconds is not None:
         rows = rows.add_column("duration", seconds, feature=Value("float64"))
     return rows
@@ -221,7 +242,8 @@ def _with_unique_ids(rows: Dataset) -> Dataset:
     if len(set(names)) == len(names):
         return rows
     unique = [f"{name}#{number}" for number, name in enumerate(names)]
-    return rows.remove_columns("id").add_column("id", unique, feature=Value("string"))
+    columns = rows.column_names
+    return rows.remove_columns("id").add_column("id", unique, feature=Value("string")).select_columns(columns)
 
 
 def _measure(rows: Dataset, source: str) -> Dataset:
@@ -245,8 +267,9 @@ def _measure(rows: Dataset, source: str) -> Dataset:
         for number in sorted(problems):
             logger.warning("skipped %s: %s", rows[number]["id"], problems[number])
         rows = rows.select([number for number in range(len(rows)) if number not in problems])
-    wanted = ["id", "audio", "text", "label", "duration"]
-    return rows.select_columns([column for column in wanted if column in rows.column_names])
+    first = [column for column in ("id", "audio", "text") if column in rows.column_names]
+    further = [column for column in rows.column_names if column not in (*first, "duration")]
+    return rows.select_columns([*first, *further, "duration"])
 
 
 def _local_path(source: str) -> Path | None:

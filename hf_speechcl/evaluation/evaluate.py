@@ -1,87 +1,237 @@
-"""Score a CTC model on a corpus."""
+"""Score a speech recogniser on a corpus."""
 
+import hashlib
 import json
 import logging
+import platform
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+import torch
 from accelerate import PartialState
-from transformers import AutoModelForCTC, AutoProcessor
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..command_line import option, parse_arguments
 from ..data import load_corpus
-from ..hub import source_name
+from ..decoding import DecodingArguments
+from ..hub import add_results, source_name
+from ..recognizer import SpeechRecognizer
 from ..text import normalize_text
-from .asr import SpeechErrorRates, transcribe
+from .asr import SpeechErrorRates, align, frequent_errors, score_slices
+from .comparison import check_same_clips, compare, read_other_results
+from .report import write_report
+from .transcription import TranscriptLog, transcribe
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = """Transcribe a corpus with a CTC model and score the result: word and character error rate, with
-bootstrap 95% intervals.
+DESCRIPTION = """Transcribe a corpus with any model for pipeline("automatic-speech-recognition"), CTC or speech-to-text,
+and score the result: word and character error rate with bootstrap 95% intervals, by slices, and a report to look at.
 
     python scripts/evaluate.py --model runs/ctc --corpus demo --split test
-    python scripts/evaluate.py --model runs/ctc --corpus my_labelled_audio --split train --output_file results.json"""
+    python scripts/evaluate.py --model runs/ctc --corpus my_labelled_audio --split test --output_file results.json \\
+        --report_file report.html
+    python scripts/evaluate.py --model openai/whisper-tiny --corpus my_labelled_audio --split test \\
+        --text_normalization whisper_english --output_file whisper.json --compare_with results.json"""
+
+WEIGHTS_AND_CONFIGS = ("*.safetensors", "*.bin", "*config.json", "vocab.json", "tokenizer.json")
+USUAL_SLICES = ("speaker", "source", "language")
 
 
 @dataclass
 class EvaluationArguments:
-    model: str = option("runs/ctc", "Folder or Hub name of a CTC model with its processor.")
+    model: str = option("runs/ctc", "Folder or Hub name of a model with its processor.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     corpus: list[str] = option(["demo"], "Sources, as for scripts/pretrain.py.")
     split: str = option("test", "Split to score.")
     audio_column: str = option("audio", "Column with the audio.")
     text_column: str = option("text", "Column with the transcript.")
-    text_normalization: str = option("basic", "Applied to references and transcripts: basic or none.")
+    text_normalization: str = option(
+        "basic", "Applied to references and transcripts: basic, whisper_english (extra `eval`) or none."
+    )
+    slice_columns: list[str] | None = option(
+        None, "Columns to score clips by; without, speaker, source and language where they tell clips apart."
+    )
+    compare_with: str | None = option(
+        None, "output_file of another model on the same clips: the difference, with its interval."
+    )
     max_seconds_per_batch: float = option(60.0, "Seconds of audio in a batch.")
-    device: str = option("auto", "cpu, or auto for the accelerator where there is one.")
+    device: str = option("auto", "cpu, cuda or another, or auto for the accelerator where there is one.")
     trust_remote_code: bool = option(False, "Run the code that comes with a model from the Hub.")
-    output_file: str | None = option(None, "JSON file for the scores and all transcripts.")
+    output_file: str | None = option(
+        None, "JSON file for the scores and all transcripts; an interrupted run with the same one goes on."
+    )
+    report_file: str | None = option(None, "HTML file for a report, with the worst clips to listen to.")
+    restart: bool = option(False, "Forget the transcripts of an interrupted run.")
+    add_to_card: bool = option(False, "Write the scores into the card in the model's folder.")
+
+    def __post_init__(self):
+        normalize_text("", self.text_normalization)
+        if self.max_seconds_per_batch <= 0:
+            raise ValueError(f"max_seconds_per_batch must be positive, found {self.max_seconds_per_batch}")
+        if self.device != "auto":
+            check_device(self.device)
+        if self.add_to_card and not Path(self.model, "README.md").is_file():
+            raise ValueError(f"add_to_card: there is no README.md in a folder {self.model!r}, expected a model's card")
+        if self.revision is not None and Path(self.model).is_dir():
+            raise ValueError(f"revision is for models on the Hub, and model {self.model!r} is a folder: leave it out")
+        if self.restart and self.output_file is None:
+            raise ValueError("restart: without output_file nothing is left of an interrupted run: leave it out")
 
 
-def main(argv: list[str] | None = None) -> None:
-    (args,) = parse_arguments([EvaluationArguments], DESCRIPTION, argv)
-    logging.basicConfig(format="%(levelname)s %(message)s")
-    normalize_text("", args.text_normalization)
-    state = PartialState(cpu=args.device == "cpu")
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    if not hasattr(processor, "tokenizer"):
-        raise ValueError(f"{args.model} has no tokenizer: fine-tune it first (scripts/finetune_ctc.py)")
-    if args.output_file:
-        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForCTC.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(state.device)
+def check_device(name: str) -> None:
+    """Raise ValueError unless there is such a device."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {name!r} cannot be used ({reason}): expected auto, cpu or cuda") from None
 
-    corpus = load_corpus(args.corpus, args.split, args.audio_column, args.text_column, require_text=True)
-    references = [normalize_text(text or "", args.text_normalization) for text in corpus["text"]]
-    scored = [row for row, reference in enumerate(references) if reference]
+
+def model_identity(model: str, revision: str | None) -> str:
+    """What tells one state of a model from another: the commit on the Hub, or names, sizes and dates of files.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    config = cached_file(model, "config.json", revision=revision)
+    if not Path(model).is_dir():
+        return extract_commit_hash(config, None)
+    files = sorted({file for pattern in WEIGHTS_AND_CONFIGS for file in Path(model).glob(pattern)})
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+
+
+def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], int]:
+    """Clips with a text, which is normalised; the columns to score them by; and how many have no text.
+
+    Raises:
+        ValueError: no clip has a text, or a column of slice_columns is not there.
+    """
+    wanted = list(USUAL_SLICES if args.slice_columns is None else args.slice_columns)
+    corpus = load_corpus(
+        args.corpus, args.split, args.audio_column, args.text_column, require_text=True, keep_columns=wanted
+    )
+    values = {column: set(corpus[column]) for column in wanted}
+    if args.slice_columns and (missing := [column for column in wanted if values[column] == {None}]):
+        raise ValueError(f"slice_columns: {', '.join(args.corpus)} has nothing in {', '.join(missing)}: leave it out")
+    columns = wanted if args.slice_columns else [column for column in wanted if len(values[column]) > 1]
+    texts = [normalize_text(text or "", args.text_normalization) for text in corpus["text"]]
+    corpus = corpus.remove_columns("text").add_column("text", texts)
+    scored = [row for row, text in enumerate(texts) if text]
     for row in sorted(set(range(len(corpus))) - set(scored)):
         logger.warning("skipped %s: no text to score against", corpus[row]["id"])
     if not scored:
         raise ValueError(f"no clip of {', '.join(args.corpus)} has a text to score against")
-    hypotheses = transcribe(model, processor, corpus.select(scored), args.max_seconds_per_batch)
-    clips = [
-        {
-            "id": corpus[row]["id"],
-            "reference": references[row],
-            "hypothesis": normalize_text(hypothesis or "", args.text_normalization),
-        }
-        for row, hypothesis in zip(scored, hypotheses)
-    ]
-    if not state.is_main_process:
-        return
+    return corpus.select(scored), columns, len(corpus) - len(scored)
+
+
+def describe_transcripts(corpus: datasets.Dataset, records: list[dict], columns: list[str], method: str) -> list[dict]:
+    """What is kept of every clip that could be decoded: its texts, word errors (see `align`) and slices."""
+    transcripts = []
+    for row, record in zip(corpus.remove_columns("audio"), records):
+        if record["text"] is not None:
+            hypothesis = normalize_text(record["text"], method)
+            errors = [pair for pair in align(row["text"], hypothesis) if pair[0] != pair[1]]
+            transcripts.append(
+                {"id": row["id"], "reference": row["text"], "hypothesis": hypothesis, "errors": errors}
+                | {"duration": row["duration"], "snr": record["snr"], "seconds": record["seconds"]}
+                | {"columns": {column: row[column] for column in columns}}
+            )
+    if not transcripts:
+        raise ValueError("no clip could be decoded: see the skipped clips above")
+    return transcripts
+
+
+def score(transcripts: list[dict], columns: list[str]) -> dict:
+    """All numbers on one model's transcripts."""
+    audio_seconds = sum(clip["duration"] for clip in transcripts)
     rates = SpeechErrorRates().compute(
-        predictions=[clip["hypothesis"] for clip in clips], references=[clip["reference"] for clip in clips]
+        predictions=[clip["hypothesis"] for clip in transcripts],
+        references=[clip["reference"] for clip in transcripts],
     )
-    results = {
-        "corpus": [source_name(source) for source in args.corpus],
-        "split": args.split,
-        "clips": len(clips),
-        "clips_without_text": len(corpus) - len(clips),
-        "text_normalization": args.text_normalization,
+    return {
+        "clips": len(transcripts),
+        "hours": audio_seconds / 3600,
         **rates,
+        "real_time_factor": audio_seconds / sum(clip["seconds"] for clip in transcripts),
+        "slices": score_slices(transcripts, columns),
+        "frequent_errors": frequent_errors(pair for clip in transcripts for pair in clip["errors"]),
     }
+
+
+def print_results(results: dict) -> None:
+    """The headline numbers, and what they depend on."""
     for name in ("wer", "cer"):
-        low, high = rates[f"{name}_low"], rates[f"{name}_high"]
-        print(f"{name.upper()} {rates[name]:.1%}  (95% interval {low:.1%} to {high:.1%})")
-    sources = ", ".join(results["corpus"])
-    print(f"{len(clips)} clips of {sources}, {args.split}; normalisation {args.text_normalization}")
+        low, high = results[f"{name}_low"], results[f"{name}_high"]
+        print(f"{name.upper()} {results[name]:.1%}  (95% interval {low:.1%} to {high:.1%})")
+    print(
+        f"{results['clips']} clips ({results['hours']:.2f} h) of {', '.join(results['corpus'])}, {results['split']}; "
+        f"normalisation {results['text_normalization']}; decoding {results['decoding']}"
+    )
+    if results["clips_skipped"]:
+        print(f"{len(results['clips_skipped'])} clips cannot be decoded and are not scored")
+    print(f"{results['real_time_factor']:.3g} seconds of audio in one second of computing ({results['device']})")
+    if results["comparison"]:
+        for name in ("wer", "cer"):
+            pair = results["comparison"][name]
+            print(
+                f"{name.upper()} minus that of {results['comparison']['model']} ({pair['other']:.1%}): "
+                f"{100 * pair['difference']:+.1f} points (95% interval {100 * pair['low']:+.1f} to "
+                f"{100 * pair['high']:+.1f}); lower in {pair['share_better']:.1%} of resamples"
+            )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, decoding = parse_arguments([EvaluationArguments, DecodingArguments], DESCRIPTION, argv)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    other = read_other_results(args.compare_with, args.text_normalization) if args.compare_with else None
+    state = PartialState(cpu=args.device == "cpu")
+    device = state.device if args.device == "auto" else torch.device(args.device)
+    weights = model_identity(args.model, args.revision)
+    for file in filter(None, (args.output_file, args.report_file)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+
+    corpus, columns, num_without_text = load_clips(args)
+    if other is not None:
+        check_same_clips(other, dict(zip(corpus["id"], corpus["text"])), args.compare_with)
+    log = None
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps(results | {"transcripts": clips}, indent=1, ensure_ascii=False))
+        clips = zlib.crc32(json.dumps([corpus["id"][:], corpus["duration"][:]]).encode())
+        identity = {"model": source_name(args.model), "weights": weights, "decoding": vars(decoding), "corpus": clips}
+        log = TranscriptLog(Path(args.output_file), identity, args.restart)
+    recognizer = SpeechRecognizer.from_pretrained(
+        args.model,
+        revision=args.revision,
+        device=device,
+        decoding=decoding,
+        trust_remote_code=args.trust_remote_code,
+    )
+    records = transcribe(recognizer, corpus, args.max_seconds_per_batch, log)
+    if state.is_main_process:
+        transcripts = describe_transcripts(corpus, records, columns, args.text_normalization)
+        results = {
+            "model": source_name(args.model),
+            "revision": args.revision,
+            "corpus": [source_name(source) for source in args.corpus],
+            "split": args.split,
+            "text_normalization": args.text_normalization,
+            "decoding": str(decoding),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
+            "clips_without_text": num_without_text,
+            "clips_skipped": [record["id"] for record in records if record["text"] is None],
+            **score(transcripts, columns),
+        }
+        results["comparison"] = None if other is None else compare(transcripts, other)
+        results["transcripts"] = transcripts
+        print_results(results)
+        if args.output_file:
+            text = json.dumps(results, indent=1, ensure_ascii=False)
+            Path(args.output_file).write_text(text, encoding="utf-8")
+        if args.report_file:
+            write_report(results, corpus, Path(args.report_file))
+        if args.add_to_card:
+            add_results(Path(args.model), results)
+    if log is not None:
+        log.remove()
