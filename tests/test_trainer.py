@@ -377,7 +377,12 @@ def test_two_processes_score_as_one_does_even_if_one_has_no_batch(tmp_path, audi
     scores = ["--model", tmp_path / "one", "--corpus", audio_folder, "--split", "train", "--device", "cpu"]
     run_script("evaluate.py", *scores, "--output_file", tmp_path / "one.json")
     launch(ROOT / "scripts" / "evaluate.py", *scores, "--output_file", tmp_path / "two.json")
-    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    for results in (one, two):
+        del results["real_time_factor"]
+        for clip in results["transcripts"]:
+            del clip["seconds"]
+    assert one == two
 
 
 def test_evaluation_draws_nothing_from_the_generator_of_training(corpus, tmp_path):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import platform
-import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import torch
 from accelerate import PartialState
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .. import hub
 from ..command_line import option, parse_arguments
 from ..data import load_corpus
 from ..decoding import DecodingArguments
-from ..hub import add_results, source_name
 from ..recognizer import SpeechRecognizer
 from ..text import normalize_text
 from .asr import SpeechErrorRates, align, frequent_errors, score_slices
@@ -89,18 +89,37 @@ def check_device(name: str) -> None:
         raise ValueError(f"device: {name!r} cannot be used ({reason}): expected auto, cpu or cuda") from None
 
 
-def model_identity(model: str, revision: str | None) -> str:
-    """What tells one state of a model from another: the commit on the Hub, or names, sizes and dates of files.
+def run_identity(args: EvaluationArguments, decoding: DecodingArguments, corpus: datasets.Dataset) -> dict:
+    """What the transcripts of a run depend on: two runs with the same may share them."""
+    files = [] if decoding.lm is None else [Path(decoding.lm)]
+    if Path(args.model).is_dir():
+        model = [file for pattern in WEIGHTS_AND_CONFIGS for file in Path(args.model).glob(pattern)]
+        weights = _checksum(map(_state_of_file, model))
+    else:
+        weights = extract_commit_hash(find_config(args), None)
+    return {
+        "model": hub.source_name(args.model),
+        "weights": weights,
+        "decoding": _checksum([vars(decoding), *map(_state_of_file, files)]),
+        "corpus": _checksum([*zip(corpus["id"], corpus["duration"])]),
+    }
+
+
+def _state_of_file(file: Path) -> tuple[str, int, int]:
+    return file.name, file.stat().st_size, file.stat().st_mtime_ns
+
+
+def _checksum(values: Iterable) -> str:
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:16]
+
+
+def find_config(args: EvaluationArguments) -> str:
+    """The configuration file of the model.
 
     Raises:
-        OSError: there is no such model.
+        OSError: there is no such model or revision.
     """
-    config = cached_file(model, "config.json", revision=revision)
-    if not Path(model).is_dir():
-        return extract_commit_hash(config, None)
-    files = sorted({file for pattern in WEIGHTS_AND_CONFIGS for file in Path(model).glob(pattern)})
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+    return cached_file(args.model, "config.json", revision=args.revision)
 
 
 def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], int]:
@@ -189,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     other = read_other_results(args.compare_with, args.text_normalization) if args.compare_with else None
     state = PartialState(cpu=args.device == "cpu")
     device = state.device if args.device == "auto" else torch.device(args.device)
-    weights = model_identity(args.model, args.revision)
+    find_config(args)
     for file in filter(None, (args.output_file, args.report_file)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
 
@@ -198,9 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         check_same_clips(other, dict(zip(corpus["id"], corpus["text"])), args.compare_with)
     log = None
     if args.output_file:
-        clips = zlib.crc32(json.dumps([corpus["id"][:], corpus["duration"][:]]).encode())
-        identity = {"model": source_name(args.model), "weights": weights, "decoding": vars(decoding), "corpus": clips}
-        log = TranscriptLog(Path(args.output_file), identity, args.restart)
+        log = TranscriptLog(Path(args.output_file), run_identity(args, decoding, corpus), args.restart)
     recognizer = SpeechRecognizer.from_pretrained(
         args.model,
         revision=args.revision,
@@ -212,9 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         transcripts = describe_transcripts(corpus, records, columns, args.text_normalization)
         results = {
-            "model": source_name(args.model),
+            "model": hub.source_name(args.model),
             "revision": args.revision,
-            "corpus": [source_name(source) for source in args.corpus],
+            "corpus": [hub.source_name(source) for source in args.corpus],
             "split": args.split,
             "text_normalization": args.text_normalization,
             "decoding": str(decoding),
@@ -232,6 +249,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.report_file:
             write_report(results, corpus, Path(args.report_file))
         if args.add_to_card:
-            add_results(Path(args.model), results)
+            hub.add_results(Path(args.model), results)
     if log is not None:
         log.remove()

@@ -71,7 +71,7 @@ def histogram(rates: list[float]) -> list[dict]:
     edges = np.arange(11) / 10
     bins = np.searchsorted(edges, np.round(rates, 9), side="left")  # (0, 0.1] is bin 1
     counts = np.bincount(bins, minlength=12)
-    labels = ["0%", *(f"{10 * low}–{10 * low + 10}%" for low in range(10)), "over 100%"]
+    labels = ["0%", *(f"{10 * low}–{10 * low + 10}%" for low in range(10)), "> 100%"]
     highest = counts.max()
     return [{"label": label, "clips": int(n), "height": float(n / highest)} for label, n in zip(labels, counts)]
 

@@ -18,7 +18,8 @@ from ..recognizer import SpeechRecognizer
 
 logger = logging.getLogger(__name__)
 
-MAX_SNR = 60.0
+MAX_SNR = 60.0  # dB
+MAX_SEQ2SEQ_SECONDS = 30.0
 
 
 def estimate_snr(waveform: np.ndarray, sampling_rate: int) -> float:
@@ -115,7 +116,8 @@ def transcribe(
     Args:
         recognizer: of any kind.
         corpus: rows as `load_corpus` gives them.
-        max_seconds_per_batch: seconds of audio in a batch, padding included. A longer clip is transcribed by itself.
+        max_seconds_per_batch: seconds of audio in a batch, padding included. A longer clip is transcribed as a
+            recording, and so is one of more than 30 s by a speech-to-text model, which does not take more at once.
         log: transcripts that are there already, and where to write others.
 
     Returns:
@@ -146,17 +148,16 @@ def transcribe(
     with progress:
         for clips in loader:
             usable = [clip for clip in clips if clip["input_values"] is not None]
-            waveforms = [clip["input_values"] for clip in usable]
+            num_samples = sum(len(clip["input_values"]) for clip in usable)
             started = time.perf_counter()
-            transcripts = recognizer.transcribe(waveforms) if usable else []
+            texts = _texts(recognizer, corpus, usable, max_seconds_per_batch)
             seconds = time.perf_counter() - started
-            texts = {clip["index"]: transcript.text for clip, transcript in zip(usable, transcripts)}
             batch = []
             for clip in clips:
                 record = {"id": names[clip["index"]], "text": texts.get(clip["index"]), "snr": None, "seconds": 0.0}
                 if clip["input_values"] is not None:
                     record["snr"] = estimate_snr(clip["input_values"], recognizer.sampling_rate)
-                    record["seconds"] = seconds * len(clip["input_values"]) / sum(map(len, waveforms))
+                    record["seconds"] = seconds * len(clip["input_values"]) / num_samples
                 batch.append(record)
             if log is not None:
                 log.add(batch)
@@ -164,3 +165,20 @@ def transcribe(
             progress.update(len(clips) * state.num_processes)
     records = dict(gather_object(list(records.items())))
     return [records[name] for name in names]
+
+
+def _texts(recognizer: SpeechRecognizer, corpus: datasets.Dataset, clips: list[dict], limit: float) -> dict[int, str]:
+    """Transcripts of the clips of a batch by their index."""
+    if recognizer.kind == "seq2seq":
+        limit = min(limit, MAX_SEQ2SEQ_SECONDS)
+    long = [len(clip["input_values"]) > limit * recognizer.sampling_rate for clip in clips]
+    short = [clip for clip, is_long in zip(clips, long) if not is_long]
+    texts = {
+        clip["index"]: recognizer.transcribe_recording(corpus[clip["index"]]["audio"]).text
+        for clip, is_long in zip(clips, long)
+        if is_long
+    }
+    if short:
+        transcripts = recognizer.transcribe([clip["input_values"] for clip in short])
+        texts |= {clip["index"]: transcript.text for clip, transcript in zip(short, transcripts)}
+    return texts
