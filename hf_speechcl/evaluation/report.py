@@ -33,7 +33,7 @@ def write_report(results: dict, corpus: datasets.Dataset, file: Path) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": lambda share: f"{100 * share:.1f}%", "describe": describe_pair}
+    environment.filters |= {"percent": "{:.1%}".format, "points": _points, "describe": describe_pair}
     slices = {name: _with_intervals(entries[:MAX_SLICES]) for name, entries in results["slices"].items()}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
@@ -54,6 +54,10 @@ def write_report(results: dict, corpus: datasets.Dataset, file: Path) -> None:
 
 def _rate(clip: dict) -> float:
     return len(clip["errors"]) / len(clip["reference"].split())
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def describe_pair(pair: tuple[str | None, str | None]) -> str:
