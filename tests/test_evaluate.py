@@ -327,6 +327,9 @@ def test_models_are_compared_on_the_same_clips_only(labelled_folder, model_folde
     assert "Compared with random" in (tmp_path / "r").read_text()
     with pytest.raises(ValueError, match="scored with text_normalization basic, this run is with none"):
         run(model_folder, labelled_folder, "--text_normalization", "none", "--compare_with", first)
+    second.write_text('{"wer": 0.1, "transcripts": []}')
+    with pytest.raises(ValueError, match="lacks clips_skipped, decoding, model, revision, te"):
+        run(model_folder, labelled_folder, "--compare_with", second)
     (labelled_folder / "metadata.csv").write_text("file_name,text\nclip0.wav,hello there\nclip1.wav,other")
     with pytest.raises(ValueError, match="is of 4 clips, this run of 2, and 3 are not in both .*clip1.wav"):
         run(model_folder, labelled_folder, "--compare_with", first)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from .asr import edit_counts, paired_bootstrap
 
+NEEDED = {"model", "revision", "decoding", "text_normalization", "clips_skipped", "transcripts"}
+
 
 def read_other_results(file: str, normalization: str) -> dict:
     """Results to compare with.
@@ -16,8 +18,9 @@ def read_other_results(file: str, normalization: str) -> dict:
         other = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"compare_with: {file} cannot be read ({error})") from None
-    if not isinstance(other, dict) or "transcripts" not in other:
-        raise ValueError(f"compare_with: {file} holds no transcripts; expected an output_file of this script")
+    if not isinstance(other, dict) or not NEEDED <= other.keys():
+        found = ", ".join(sorted(NEEDED - set(other))) if isinstance(other, dict) else "everything"
+        raise ValueError(f"compare_with: {file} lacks {found}; expected an output_file of this script")
     if other["text_normalization"] != normalization:
         raise ValueError(
             f"compare_with: {file} was scored with text_normalization {other['text_normalization']}, this run is with "

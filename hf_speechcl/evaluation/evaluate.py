@@ -35,7 +35,7 @@ and score the result: word and character error rate with bootstrap 95% intervals
     python scripts/evaluate.py --model openai/whisper-tiny --corpus my_labelled_audio --split test \\
         --text_normalization whisper_english --output_file whisper.json --compare_with results.json"""
 
-WEIGHTS_AND_CONFIGS = ("*.safetensors", "*.bin", "*config.json", "vocab.json", "tokenizer.json")
+FILES_OF_MODELS = ("*.safetensors", "*.bin", "*.py", "*config.json", "vocab.json", "tokenizer.json", "*.txt", "*.model")
 USUAL_SLICES = ("speaker", "source", "language")
 
 
@@ -93,8 +93,8 @@ def run_identity(args: EvaluationArguments, decoding: DecodingArguments, corpus:
     """What the transcripts of a run depend on: two runs with the same may share them."""
     files = [] if decoding.lm is None else [Path(decoding.lm)]
     if Path(args.model).is_dir():
-        model = [file for pattern in WEIGHTS_AND_CONFIGS for file in Path(args.model).glob(pattern)]
-        weights = _checksum(map(_state_of_file, model))
+        model = {file for pattern in FILES_OF_MODELS for file in Path(args.model).glob(pattern)}
+        weights = _checksum(map(_state_of_file, sorted(model)))
     else:
         weights = extract_commit_hash(find_config(args), None)
     return {

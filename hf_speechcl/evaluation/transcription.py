@@ -19,7 +19,6 @@ from ..recognizer import SpeechRecognizer
 logger = logging.getLogger(__name__)
 
 MAX_SNR = 60.0  # dB
-MAX_SEQ2SEQ_SECONDS = 30.0
 
 
 def estimate_snr(waveform: np.ndarray, sampling_rate: int) -> float:
@@ -117,7 +116,7 @@ def transcribe(
         recognizer: of any kind.
         corpus: rows as `load_corpus` gives them.
         max_seconds_per_batch: seconds of audio in a batch, padding included. A longer clip is transcribed as a
-            recording, and so is one of more than 30 s by a speech-to-text model, which does not take more at once.
+            recording, cut at pauses.
         log: transcripts that are there already, and where to write others.
 
     Returns:
@@ -169,16 +168,10 @@ def transcribe(
 
 def _texts(recognizer: SpeechRecognizer, corpus: datasets.Dataset, clips: list[dict], limit: float) -> dict[int, str]:
     """Transcripts of the clips of a batch by their index."""
-    if recognizer.kind == "seq2seq":
-        limit = min(limit, MAX_SEQ2SEQ_SECONDS)
-    long = [len(clip["input_values"]) > limit * recognizer.sampling_rate for clip in clips]
-    short = [clip for clip, is_long in zip(clips, long) if not is_long]
-    texts = {
-        clip["index"]: recognizer.transcribe_recording(corpus[clip["index"]]["audio"]).text
-        for clip, is_long in zip(clips, long)
-        if is_long
-    }
-    if short:
-        transcripts = recognizer.transcribe([clip["input_values"] for clip in short])
-        texts |= {clip["index"]: transcript.text for clip, transcript in zip(short, transcripts)}
+    short = [clip for clip in clips if len(clip["input_values"]) <= limit * recognizer.sampling_rate]
+    transcripts = recognizer.transcribe([clip["input_values"] for clip in short]) if short else []
+    texts = {clip["index"]: transcript.text for clip, transcript in zip(short, transcripts)}
+    for clip in clips:
+        if clip["index"] not in texts:
+            texts[clip["index"]] = recognizer.transcribe_recording(corpus[clip["index"]]["audio"]).text
     return texts
