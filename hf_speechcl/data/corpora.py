@@ -67,12 +67,12 @@ def load_corpus(
         rows = _load_source(source, split, audio_column, text_column, require_text, label_column, keep_columns)
         parts.append(_measure(_with_unique_ids(rows), source))
         logger.info("%s, split %s: %d clips", source, split, len(parts[-1]))
-    corpus = _with_unique_ids(concatenate_datasets(parts))
+    corpus = concatenate_datasets(parts)
     if len(corpus) == 0:
         raise FileNotFoundError(
             f"no usable audio in split {split!r} of {', '.join(sources)}: see the skipped files above"
         )
-    return corpus
+    return _with_unique_ids(corpus)
 
 
 def load_train_and_validation(
