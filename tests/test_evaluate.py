@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 
@@ -362,6 +363,15 @@ def test_script_goes_on_after_an_interruption_and_not_with_other_weights(
         clip["hypothesis"] for clip in whole
     ]
     assert len(calls) <= 5
+
+
+def test_scores_go_into_the_card_of_the_model_when_asked_for(labelled_folder, model_folder, tmp_path, monkeypatch):
+    added = {}
+    monkeypatch.setattr("hf_speechcl.hub.add_results", lambda *arguments: added.update([arguments]), raising=False)
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "README.md").write_text("---\n---\n")
+    run(folder, labelled_folder, "--add_to_card", "True")
+    assert added[folder]["corpus"] == ["audio"]
 
 
 @pytest.mark.parametrize(
