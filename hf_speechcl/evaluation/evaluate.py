@@ -117,9 +117,15 @@ def find_config(args: EvaluationArguments) -> str:
     """The configuration file of the model.
 
     Raises:
-        OSError: there is no such model or revision.
+        FileNotFoundError: there is no such model or revision.
     """
-    return cached_file(args.model, "config.json", revision=args.revision)
+    try:
+        return cached_file(args.model, "config.json", revision=args.revision)
+    except OSError as error:
+        at = f", revision {args.revision!r}" if args.revision else ""
+        raise FileNotFoundError(
+            f"no model {args.model!r}{at}: expected a folder with config.json, or a Hub name user/name ({error})"
+        ) from None
 
 
 def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], int]:
