@@ -1,6 +1,7 @@
 """CTC posteriors → text, words with times and confidences: greedy, or beam search with an n-gram and hot words."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,8 +189,8 @@ class BeamDecoder:
             words = read_words(arguments.lm)
             if words is not None and not any(set(word) <= characters for word in words):
                 raise ValueError(
-                    f"lm: the model cannot write a single word of {arguments.lm}, such as {min(words)!r}: build it from "
-                    "texts in the spelling that the model writes (case, script)"
+                    f"lm: the model cannot write a single word of {arguments.lm}, such as {min(words)!r}: build it "
+                    "from texts in the spelling that the model writes (case, script)"
                 )
             config = kenlm.Config()
             config.show_progress = False
@@ -269,6 +270,14 @@ def _word(text: str, tokens: list[tuple[int, int, int]], log_probs: np.ndarray, 
     confidence = np.mean([np.exp(log_probs[start:end, token].max()) for token, start, end in tokens])
     start, end = tokens[0][1], tokens[-1][2]
     return Word(text, float(start * seconds_per_frame), float(end * seconds_per_frame), float(confidence))
+
+
+def join_transcripts(transcripts: Iterable[Transcript]) -> Transcript:
+    """One transcript of several, in their order; it tells words if each of them does."""
+    transcripts = list(transcripts)
+    if all(transcript.words is not None for transcript in transcripts):
+        return _transcript([word for transcript in transcripts for word in transcript.words])
+    return Transcript(" ".join(transcript.text for transcript in transcripts if transcript.text), None, None)
 
 
 def _transcript(words: list[Word]) -> Transcript:

@@ -76,7 +76,7 @@ class CountingRecognizer:
         self.heard += len(waveforms)
         return [Transcript(f"{len(waveform)} samples", None, None) for waveform in waveforms]
 
-    def transcribe_recording(self, audio):
+    def transcribe_recording(self, audio, recording):
         return Transcript("a recording", None, None)
 
 
@@ -347,11 +347,11 @@ def test_script_goes_on_after_an_interruption_and_not_with_other_weights(
     calls = []
     method = SpeechRecognizer.transcribe_recording
 
-    def breaking(self, audio):
-        calls.append(audio)
+    def breaking(self, *arguments):
+        calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return method(self, audio)
+        return method(self, *arguments)
 
     monkeypatch.setattr(SpeechRecognizer, "transcribe_recording", breaking)
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,33 @@ def read_audio(
         raise AudioError("holds samples that are not finite")
     mono = samples.mean(axis=1)
     return mono if rate == sampling_rate else soxr.resample(mono, rate, sampling_rate)
+
+
+def stream_audio(audio: dict[str, Any], sampling_rate: int, block_seconds: float = 10.0) -> Iterator[np.ndarray]:
+    """As `read_audio`, in blocks of about `block_seconds`, so that the length of a recording costs no memory.
+
+    Raises:
+        AudioError: as `read_audio`, at the block where it shows.
+    """
+    with _open(audio) as file:
+        rate = file.samplerate
+        resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
+        size, done = round(block_seconds * rate), 0
+        while True:
+            try:
+                samples = file.read(size, dtype="float32", always_2d=True)
+            except soundfile.LibsndfileError as error:
+                raise AudioError(f"cannot be decoded: {error.error_string}") from None
+            if not np.isfinite(samples).all():
+                raise AudioError("holds samples that are not finite")
+            done += len(samples)
+            is_last = len(samples) < size
+            mono = samples.mean(axis=1)
+            if resampler is not None:
+                mono = resampler.resample_chunk(mono, last=is_last)
+            if len(mono):
+                yield mono
+            if is_last:
+                break
+        if done < file.frames:
+            raise AudioError(f"truncated: {done / rate:.2f} s of {file.frames / rate:.2f} s can be decoded")

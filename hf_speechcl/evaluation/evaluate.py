@@ -18,6 +18,7 @@ from ..command_line import option, parse_arguments
 from ..data import load_corpus
 from ..decoding import DecodingArguments
 from ..recognizer import SpeechRecognizer
+from ..recordings import RecordingArguments
 from ..text import normalize_text
 from .asr import SpeechErrorRates, align, frequent_errors, score_slices
 from .comparison import check_same_clips, compare, read_other_results
@@ -56,7 +57,7 @@ class EvaluationArguments:
     compare_with: str | None = option(
         None, "output_file of another model on the same clips: the difference, with its interval."
     )
-    max_seconds_per_batch: float = option(60.0, "Seconds of audio in a batch.")
+    max_seconds_per_batch: float = option(60.0, "Seconds of audio in a batch; longer clips are read as recordings.")
     device: str = option("auto", "cpu, cuda or another, or auto for the accelerator where there is one.")
     trust_remote_code: bool = option(False, "Run the code that comes with a model from the Hub.")
     output_file: str | None = option(
@@ -89,7 +90,9 @@ def check_device(name: str) -> None:
         raise ValueError(f"device: {name!r} cannot be used ({reason}): expected auto, cpu or cuda") from None
 
 
-def run_identity(args: EvaluationArguments, decoding: DecodingArguments, corpus: datasets.Dataset) -> dict:
+def run_identity(
+    args: EvaluationArguments, decoding: DecodingArguments, recording: RecordingArguments, corpus: datasets.Dataset
+) -> dict:
     """What the transcripts of a run depend on: two runs with the same may share them."""
     files = [] if decoding.lm is None else [Path(decoding.lm)]
     if Path(args.model).is_dir():
@@ -100,7 +103,7 @@ def run_identity(args: EvaluationArguments, decoding: DecodingArguments, corpus:
     return {
         "model": hub.source_name(args.model),
         "weights": weights,
-        "decoding": _checksum([vars(decoding), *map(_state_of_file, files)]),
+        "decoding": _checksum([vars(decoding), vars(recording), *map(_state_of_file, files)]),
         "corpus": _checksum([*zip(corpus["id"], corpus["duration"])]),
     }
 
@@ -209,7 +212,8 @@ def print_results(results: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, decoding = parse_arguments([EvaluationArguments, DecodingArguments], DESCRIPTION, argv)
+    types = [EvaluationArguments, DecodingArguments, RecordingArguments]
+    args, decoding, recording = parse_arguments(types, DESCRIPTION, argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     other = read_other_results(args.compare_with, args.text_normalization) if args.compare_with else None
     state = PartialState(cpu=args.device == "cpu")
@@ -223,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         check_same_clips(other, dict(zip(corpus["id"], corpus["text"])), args.compare_with)
     log = None
     if args.output_file:
-        log = TranscriptLog(Path(args.output_file), run_identity(args, decoding, corpus), args.restart)
+        log = TranscriptLog(Path(args.output_file), run_identity(args, decoding, recording, corpus), args.restart)
     recognizer = SpeechRecognizer.from_pretrained(
         args.model,
         revision=args.revision,
@@ -231,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         decoding=decoding,
         trust_remote_code=args.trust_remote_code,
     )
-    records = transcribe(recognizer, corpus, args.max_seconds_per_batch, log)
+    records = transcribe(recognizer, corpus, args.max_seconds_per_batch, log, recording)
     if state.is_main_process:
         transcripts = describe_transcripts(corpus, records, columns, args.text_normalization)
         results = {

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..data.batching import DurationBatchSampler
 from ..data.dataset import SpeechDataset
 from ..recognizer import SpeechRecognizer
+from ..recordings import RecordingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def transcribe(
     corpus: datasets.Dataset,
     max_seconds_per_batch: float = 60.0,
     log: TranscriptLog | None = None,
+    recording: RecordingArguments | None = None,
 ) -> list[dict]:
     """Transcripts of the rows of a corpus, the work shared by all processes of a launch.
 
@@ -116,8 +118,9 @@ def transcribe(
         recognizer: of any kind.
         corpus: rows as `load_corpus` gives them.
         max_seconds_per_batch: seconds of audio in a batch, padding included. A longer clip is transcribed as a
-            recording, cut at pauses.
+            recording.
         log: transcripts that are there already, and where to write others.
+        recording: how recordings are cut.
 
     Returns:
         Of every row `{"id", "text", "snr", "seconds"}`: the text as it was decoded, `estimate_snr` in dB, and the
@@ -149,7 +152,7 @@ def transcribe(
             usable = [clip for clip in clips if clip["input_values"] is not None]
             num_samples = sum(len(clip["input_values"]) for clip in usable)
             started = time.perf_counter()
-            texts = _texts(recognizer, corpus, usable, max_seconds_per_batch)
+            texts = _texts(recognizer, corpus, usable, max_seconds_per_batch, recording)
             seconds = time.perf_counter() - started
             batch = []
             for clip in clips:
@@ -166,12 +169,18 @@ def transcribe(
     return [records[name] for name in names]
 
 
-def _texts(recognizer: SpeechRecognizer, corpus: datasets.Dataset, clips: list[dict], limit: float) -> dict[int, str]:
+def _texts(
+    recognizer: SpeechRecognizer,
+    corpus: datasets.Dataset,
+    clips: list[dict],
+    limit: float,
+    recording: RecordingArguments | None,
+) -> dict[int, str]:
     """Transcripts of the clips of a batch by their index."""
     short = [clip for clip in clips if len(clip["input_values"]) <= limit * recognizer.sampling_rate]
     transcripts = recognizer.transcribe([clip["input_values"] for clip in short]) if short else []
     texts = {clip["index"]: transcript.text for clip, transcript in zip(short, transcripts)}
     for clip in clips:
         if clip["index"] not in texts:
-            texts[clip["index"]] = recognizer.transcribe_recording(corpus[clip["index"]]["audio"]).text
+            texts[clip["index"]] = recognizer.transcribe_recording(corpus[clip["index"]]["audio"], recording).text
     return texts
