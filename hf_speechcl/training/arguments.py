@@ -2,14 +2,17 @@
 
 import logging
 import math
+import re
 import sys
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from ..cards import LICENSES
 from ..command_line import option, parse_assignments
 from ..configuration_speechcl import SpeechCLConfig
+from ..data.folders import source_name
 
 
 @dataclass
@@ -130,6 +133,14 @@ class SpeechTrainingArguments(TrainingArguments):
         "With gradient accumulation, compare the clips of all micro-batches, encoding their views twice; off: compare "
         "within each micro-batch. For objectives that compare clips.",
     )
+    license: str | None = option(
+        None, "Licence of the model for its card, as the Hub spells it: apache-2.0, cc-by-4.0, other, …"
+    )
+    corpus_license: str | None = option(
+        None, "Licence of the corpus for the card, of sources that state none by a LICENSE file or their card."
+    )
+    language: list[str] = option([], "Languages of the corpus for the card, as ISO 639 codes: en, de, …")
+    hub_strategy: str = option("end", "When to push to the Hub: end, as the card says what a finished run has found.")
     stop_on_collapse: int = option(0, "Stop after so many validations in a row that found a collapse; 0 goes on.")
 
     def __post_init__(self):
@@ -138,7 +149,25 @@ class SpeechTrainingArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is not used: batches are measured in seconds, set max_seconds_per_batch")
+        if self.license is not None and self.license not in LICENSES:
+            raise ValueError(f"license {self.license!r} is unknown to the Hub: expected {', '.join(sorted(LICENSES))}")
+        if unknown := [code for code in self.language if not re.fullmatch("[a-z]{2,3}", code)]:
+            raise ValueError(f"language: expected ISO 639 codes such as en, found {', '.join(unknown)}")
+        if self.hub_strategy != "end" or self.hub_always_push:
+            raise ValueError(
+                f"hub_strategy must be end, found {self.hub_strategy!r}"
+                f"{' and hub_always_push' if self.hub_always_push else ''}: checkpoints hold pickles and have no card; "
+                "resume from those in output_dir"
+            )
         super().__post_init__()
+
+    def to_dict(self) -> dict:
+        """As trackers show it: paths without the folders they are in."""
+        shown = super().to_dict()
+        return {
+            name: source_name(value) if isinstance(value, str) and value.startswith(("/", "~")) else value
+            for name, value in shown.items()
+        }
 
 
 def parse_config_options(assignments: list[str], field: str) -> dict:

@@ -6,33 +6,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from huggingface_hub import EvalResult
 from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import cached_file
 
+from ..cards import (
+    CURVES,
+    USE_CTC,
+    data_row,
+    describe_limits,
+    describe_model,
+    describe_run,
+    error_rate_results,
+    metrics_table,
+    plot_curves,
+    write_card,
+)
+from ..citations import methods_of
 from ..command_line import option, parse_arguments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..ctc import BLANK, UNKNOWN, WORD_DELIMITER, build_processor, preflight
 from ..data import CTCCollator, SpeechDataset
 from ..data.corpora import load_train_and_validation
+from ..data.folders import source_name
 from ..evaluation.asr import SpeechErrorRates
-from ..hub import (
-    CURVES,
-    USE_CTC,
-    data_row,
-    describe_chunks,
-    describe_model,
-    describe_run,
-    metrics_table,
-    plot_curves,
-    source_name,
-    write_card,
-)
 from ..modeling_speechcl import SpeechCLForCTC
 from ..objectives import ObjectiveOutput
 from ..text import normalize_text
 from .arguments import CorpusArguments, SpeechTrainingArguments, parse_config_options, set_up_logging
-from .trainer import SpeechTrainer, find_checkpoint, keep_options
+from .trainer import SpeechTrainer, find_checkpoint, keep_options, prepare_to_push
 
 logger = logging.getLogger(__name__)
 
@@ -208,41 +209,54 @@ def write_recognizer_card(
     """Write the model card of a fine-tuned model beside it."""
     args, config, tokenizer = trainer.args, trainer.model.config, trainer.processing_class.tokenizer
     origin = "from scratch" if is_from_scratch(model_args) else f"from `{source_name(model_args.model)}`"
-    corpus_name = ", ".join(map(source_name, data_args.corpus))
     characters = sorted(set(tokenizer.get_vocab()) - {BLANK, UNKNOWN, WORD_DELIMITER})
+    validation = trainer.eval_dataset
+    rates = {name: metrics[f"eval_{name}"] for name in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high")}
     write_card(
         folder,
+        config=config,
         title="SpeechCL speech recogniser (CTC)",
         summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of these characters: "
         f"`{' '.join(characters)}`.",
-        usage=USE_CTC.replace("{chunks}", describe_chunks(config)),
+        usage=USE_CTC,
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
-        eval_results=[
-            EvalResult(
-                task_type="automatic-speech-recognition",
-                dataset_type=corpus_name,
-                dataset_name=corpus_name,
-                dataset_split="validation",
-                metric_type=name,
-                metric_value=round(metrics[f"eval_{name}"], 4),
-            )
-            for name in ("wer", "cer")
-        ],
+        sources=data_args.corpus,
+        methods=[*methods_of(config.objectives), "ctc"],
+        args=args,
+        base_model=None if is_from_scratch(model_args) else model_args.model,
+        eval_results=error_rate_results(
+            {
+                "corpus": [source_name(source) for source in data_args.corpus],
+                "split": "validation",
+                "clips": len(validation),
+                "hours": validation.hours,
+                "text_normalization": data_args.text_normalization,
+                "decoding": "greedy",
+                **rates,
+            }
+        ),
         data=[
             data_row(data_args.corpus, split, data.corpus)
-            for split, data in [("train", trainer.train_dataset), ("validation", trainer.eval_dataset)]
+            for split, data in [("train", trainer.train_dataset), ("validation", validation)]
         ],
-        sampling_rate=config.sampling_rate,
         model=describe_model(config, trainer.model.num_parameters()),
         training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for the "
         f"first {frozen_steps(args.freeze_encoder_steps, trainer.state.max_steps)} updates; time masks "
         f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. Text normalisation: "
         f"{data_args.text_normalization}. "
-        + describe_run(args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step),
-        results="On the validation clips, greedy decoding, shares with bootstrap 95% intervals (`_low`, `_high`):\n\n"
-        + metrics_table(metrics),
-        limits="It knows the language, voices and recording conditions of its data. No language model is used.",
+        + describe_run(
+            args,
+            data_args.max_seconds_per_batch,
+            runtime_seconds,
+            trainer.state.global_step,
+            trainer.audio_hours,
+        ),
+        results="At the end of training, on the validation clips; error rates are shares, with bootstrap 95% intervals "
+        "(`_low`, `_high`):\n\n" + metrics_table(metrics) + "\n\nError rates with 95% intervals over clips:",
+        limits=describe_limits(trainer.train_dataset.hours)
+        + " It writes what it was taught to write, without a language model, and makes up words where speech is "
+        "unclear: do not rely on it where an error does harm.",
     )
 
 
@@ -251,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         [CTCModelArguments, CTCDataArguments, CTCTrainingArguments], DESCRIPTION, argv
     )
     set_up_logging(args)
+    prepare_to_push(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     normalize_text("", data_args.text_normalization)
     config = load_config(model_args)
@@ -332,4 +347,6 @@ def main(argv: list[str] | None = None) -> None:
     plot_curves({"": trainer.state.log_history}, output_dir / CURVES)
     (output_dir / "results.json").write_text(json.dumps(metrics, indent=2))
     write_recognizer_card(output_dir, trainer, model_args, data_args, metrics, result.metrics["train_runtime"])
-    logger.info("model, processor, card and curves are in %s", output_dir)
+    logger.info("model, processor, card and curves are in %s", source_name(args.output_dir))
+    if args.push_to_hub:
+        logger.info("published: %s", trainer.push_to_hub())
