@@ -225,8 +225,8 @@ def describe_limits(hours: float) -> str:
     """What any model is limited by that has learned from `hours` of audio."""
     return (
         f"It was trained on {hours:.2f} hours of the corpora named above and knows their languages, voices and "
-        "recording conditions; others, above all noise, far microphones, children and accents that they do not hold, were not "
-        "tested."
+        "recording conditions; others, above all noise, far microphones, children and accents that they do not hold, "
+        "were not tested."
     )
 
 

@@ -100,10 +100,11 @@ def published_files(folder: str | Path) -> list[Path]:
     if not names & {WEIGHTS, WEIGHTS_INDEX}:
         others = ", ".join(path.name for path in found[:8]) or ("no files" if folder.is_dir() else "no folder")
         raise FileNotFoundError(f"no model in {folder}: expected {WEIGHTS}, found {others}")
-    shards = set()
-    if WEIGHTS_INDEX in names:
-        shards = set(json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    if missing := sorted({"config.json", *CODE, *shards} - names):
+    weights = {WEIGHTS}
+    if WEIGHTS not in names:  # as from_pretrained chooses
+        index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+        weights = {WEIGHTS_INDEX, *index["weight_map"].values()}
+    if missing := sorted({"config.json", *CODE, *weights} - names):
         raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: save the model with save_pretrained again")
     if CARD not in names:
         raise FileNotFoundError(
@@ -116,7 +117,6 @@ def published_files(folder: str | Path) -> list[Path]:
             f"auto_map of {folder / 'config.json'} lacks {', '.join(key for key, _ in missing)}, and the model would "
             "not load by trust_remote_code: save it with save_pretrained of a class of hf_speechcl"
         )
-    weights = {WEIGHTS} if WEIGHTS in names else {WEIGHTS_INDEX, *shards}  # as from_pretrained chooses
     return [path for path in files if path.name in weights or not fnmatchcase(path.name, "model*.safetensors*")]
 
 
