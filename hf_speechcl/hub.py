@@ -91,7 +91,7 @@ def published_files(folder: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: something that a published model needs is missing.
-        ValueError: its configuration does not say which class of the shipped files is for what.
+        ValueError: it holds two models, or its configuration does not say which class of the shipped files is for what.
     """
     folder = Path(folder)
     found = sorted(path for path in folder.glob("*") if path.is_file())
@@ -101,9 +101,12 @@ def published_files(folder: str | Path) -> list[Path]:
         others = ", ".join(path.name for path in found[:8]) or ("no files" if folder.is_dir() else "no folder")
         raise FileNotFoundError(f"no model in {folder}: expected {WEIGHTS}, found {others}")
     weights = {WEIGHTS}
-    if WEIGHTS not in names:  # as from_pretrained chooses
+    if WEIGHTS_INDEX in names:
         index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-        weights = {WEIGHTS_INDEX, *index["weight_map"].values()}
+        shards = {WEIGHTS_INDEX, *index["weight_map"].values()}
+        if WEIGHTS in names and shards <= names:
+            raise ValueError(f"{folder} holds {WEIGHTS} and {WEIGHTS_INDEX} with its parts: delete what is the older")
+        weights = weights if WEIGHTS in names else shards
     if missing := sorted({"config.json", *CODE, *weights} - names):
         raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: save the model with save_pretrained again")
     if CARD not in names:

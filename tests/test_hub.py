@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,13 +19,15 @@ import hf_speechcl.hub
 from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForPreTraining
 from hf_speechcl.data.corpora import corpus_splits, load_corpus, load_train_and_validation
 from hf_speechcl.data.demo import load_demo
+from hf_speechcl.evaluation.evaluate import main as evaluate
 from hf_speechcl.evaluation.few_shot import PrototypicalClassifier
 from hf_speechcl.hub import PUBLISHED, find_model, publish, published_files
 from hf_speechcl.publish import main as publish_main
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
 from hf_speechcl.training.make_units import UnitArguments, build_features
+from hf_speechcl.training.make_units import main as make_units
 from hf_speechcl.training.pretrain import main as pretrain
-from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
+from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS
 from tests.local_hub import FakeHub
 
 TOKEN = "hf_test"
@@ -42,6 +45,8 @@ def hub(tmp_path, monkeypatch):
         "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
     }.items():
         monkeypatch.setattr(constants, name, value)
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}.items():
+        monkeypatch.setattr(datasets.config, name, value)
     for name, value in {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -253,6 +258,11 @@ def test_weights_in_shards_go_whole_or_not_at_all(hub, config, tmp_path):
     publish(folder, "tester/shards")
     assert [name for name in files_of("tester/shards") if "safetensors" in name] == ["model.safetensors"]
     SpeechCLForCTC(config).save_pretrained(folder, max_shard_size="20KB")
+    with pytest.raises(ValueError, match="holds model.safetensors and model.safetensors.index.json with its parts"):
+        publish(folder, "tester/shards")
+    (folder / "model.safetensors").unlink()
+    publish(folder, "tester/shards")
+    assert {path.name for path in shards} <= files_of("tester/shards")
     shards[-1].unlink()
     with pytest.raises(FileNotFoundError, match=f"has no {shards[-1].name}"):
         publish(folder, "tester/shards")
@@ -314,7 +324,7 @@ def gone(hub, monkeypatch):
 
 
 def another_model(hub, monkeypatch):
-    HfApi().create_repo("tester/voice")
+    HfApi().create_repo("tester/voice", private=True)
     HfApi().upload_file(path_or_fileobj=b'{"model_type": "bert"}', path_in_repo="config.json", repo_id="tester/voice")
 
 
@@ -360,11 +370,11 @@ def test_tag_that_is_taken_is_refused(hub, trained):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_pushing_of_checkpoints_is_refused_at_once(strategy, tmp_path):
-    with pytest.raises(ValueError, match=f"hub_strategy must be end, found '{strategy}'"):
-        pretrain(
-            ["--use_cpu", "--output_dir", str(tmp_path / "run"), "--push_to_hub", "True", "--hub_strategy", strategy]
-        )
+def test_pushing_of_checkpoints_is_refused_at_once(strategy, tmp_path, capsys):
+    options = ["--push_to_hub", "True", "--hub_strategy", strategy]
+    with pytest.raises(SystemExit):
+        pretrain(["--use_cpu", "--output_dir", str(tmp_path / "run"), *options])
+    assert f"hub_strategy must be end, found '{strategy}'" in capsys.readouterr().err
 
 
 def test_private_model_is_seen_with_a_token_only(hub, trained, monkeypatch):
@@ -416,49 +426,67 @@ def test_nothing_that_is_unpickled_is_published_or_downloaded():
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", "*"))]
 
 
-def test_nothing_of_this_machine_gets_into_files_or_logs(hub, tmp_path, audio_folder):
+def test_nothing_of_this_machine_gets_into_files_or_logs(tmp_path, audio_folder, monkeypatch, caplog, capfd):
     home = tmp_path / "zyxhome"
     work = home / "qwxwork"
     work.mkdir(parents=True)
     corpus = audio_folder.rename(work / "recordings")
-    secret = "hf_" + "".join(reversed("zyxsecret"))
-    env = {
-        "HOME": str(home),
-        "USER": "zyxuser",
-        "LOGNAME": "zyxuser",
-        "HF_TOKEN": secret,
-        "HF_HOME": str(home / "hf"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    logs = [
-        run_script(
-            "pretrain.py", "--corpus", corpus, "--noise_corpus", corpus, "--corrupt_input", "--output_dir",
-            work / "encoder", "--max_steps", 2, "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--save_strategy",
-            "steps", "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--hub_token", secret,
-            "--validation_fraction", 0.3, "--report_to", "tensorboard", env=env,
-        ),
-        run_script(
-            "finetune_ctc.py", "--model", work / "encoder", "--corpus", corpus, "--output_dir", work / "ctc",
-            "--max_steps", 2, *FAST_RUN, "--validation_fraction", 0.3, env=env,
-        ),
-        run_script(
-            "evaluate.py", "--model", work / "ctc", "--corpus", corpus, "--split", "train",
-            "--output_file", work / "test.json", env=env,
-        ),
-    ]  # fmt: skip
-    texts = {f"log {number}": log.stdout + log.stderr for number, log in enumerate(logs)}
-    for folder in ("encoder", "ctc", "test.json"):
-        found = [work / folder] if (work / folder).is_file() else (work / folder).rglob("*")
-        texts |= {str(path.relative_to(work)): path.read_bytes().decode("latin-1") for path in found if path.is_file()}
-    assert len(texts) > 20
+    lines = ["file_name,text", *(f"clip{number}.wav,ab" for number in range(4))]
+    (corpus / "metadata.csv").write_text("\n".join(lines))
+    secret = "hf_zyxsecret"
+    for name, value in {"HOME": home, "USER": "zyxuser", "LOGNAME": "zyxuser", "HF_TOKEN": secret}.items():
+        monkeypatch.setenv(name, str(value))
+    caplog.set_level(logging.INFO)
+
+    shared = [
+        "--corpus",
+        str(corpus),
+        "--validation_fraction",
+        "0.3",
+        "--max_steps",
+        "2",
+        *FAST_RUN,
+        "--hub_token",
+        secret,
+    ]
+    shared += ["--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1"]
+    shared += ["--report_to", "tensorboard"]
+    make_units(
+        [
+            "--corpus",
+            str(corpus),
+            "--validation_fraction",
+            "0.3",
+            "--num_units",
+            "10",
+            "--output_dir",
+            str(work / "units"),
+        ]
+    )
+    pretrain(
+        ["--output_dir", str(work / "encoder"), "--encoder_options", *TINY_OPTIONS, "--objectives", "hubert",
+         "--units", str(work / "units"), "--corrupt_input", "--noise_corpus", str(corpus), *shared]
+    )  # fmt: skip
+    finetune_ctc(["--model", str(work / "encoder"), "--output_dir", str(work / "ctc"), *shared])
+    again = ["--resume_from_checkpoint", str(work / "ctc" / "checkpoint-1")]
+    finetune_ctc(["--model", str(work / "encoder"), "--output_dir", str(work / "ctc"), *shared, *again])
+    scores = ["--device", "cpu", "--split", "train", "--output_file", str(work / "ctc" / "test.json")]
+    evaluate(["--model", str(work / "ctc"), "--corpus", str(corpus), *scores])
+
+    shown = capfd.readouterr()
+    texts = {"log": caplog.text, "stdout": shown.out, "stderr": shown.err}
+    for folder in ("units", "encoder", "ctc"):
+        files = [path for path in (work / folder).rglob("*") if path.is_file()]
+        texts |= {str(path.relative_to(work)): path.read_bytes().decode("latin-1") for path in files}
+    assert {"log", "units/units.json", "ctc/README.md", "encoder/options.json", "ctc/test.json"} <= set(texts)
     assert any("events.out" in name for name in texts)
     private = [secret, "zyxuser", "zyxhome", "qwxwork", str(tmp_path), str(ROOT), sys.prefix]
-    leaks = {
-        name: [text[max(0, place.start() - 60) : place.end() + 20] for place in re.finditer(re.escape(word), text)][:2]
+    leaks = [
+        (name, text[max(0, place.start() - 60) : place.end() + 20])
         for name, text in texts.items()
         for word in private
-        if word in text
-    }
+        for place in re.finditer(re.escape(word), text)
+    ]
     assert not leaks
 
 
