@@ -27,7 +27,7 @@ from hf_speechcl.training.finetune_ctc import main as finetune_ctc
 from hf_speechcl.training.make_units import UnitArguments, build_features
 from hf_speechcl.training.make_units import main as make_units
 from hf_speechcl.training.pretrain import main as pretrain
-from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS
+from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
 from tests.local_hub import FakeHub
 
 TOKEN = "hf_test"
@@ -45,7 +45,11 @@ def hub(tmp_path, monkeypatch):
         "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
     }.items():
         monkeypatch.setattr(constants, name, value)
-    for name, value in {"HF_ENDPOINT": hub.url, "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}.items():
+    for name, value in {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets"),
+    }.items():
         monkeypatch.setattr(datasets.config, name, value)
     for name, value in {
         "HF_ENDPOINT": hub.url,
@@ -467,18 +471,20 @@ def test_nothing_of_this_machine_gets_into_files_or_logs(tmp_path, audio_folder,
         ["--output_dir", str(work / "encoder"), "--encoder_options", *TINY_OPTIONS, "--objectives", "hubert",
          "--units", str(work / "units"), "--corrupt_input", "--noise_corpus", str(corpus), *shared]
     )  # fmt: skip
-    finetune_ctc(["--model", str(work / "encoder"), "--output_dir", str(work / "ctc"), *shared])
-    again = ["--resume_from_checkpoint", str(work / "ctc" / "checkpoint-1")]
-    finetune_ctc(["--model", str(work / "encoder"), "--output_dir", str(work / "ctc"), *shared, *again])
+    tune = ["--model", str(work / "encoder"), "--output_dir", str(work / "ctc"), *shared]
+    finetune_ctc(tune)
+    again = run_script("finetune_ctc.py", *tune, "--resume_from_checkpoint", work / "ctc" / "checkpoint-1")
     scores = ["--device", "cpu", "--split", "train", "--output_file", str(work / "ctc" / "test.json")]
     evaluate(["--model", str(work / "ctc"), "--corpus", str(corpus), *scores])
 
     shown = capfd.readouterr()
-    texts = {"log": caplog.text, "stdout": shown.out, "stderr": shown.err}
+    log = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("hf_speechcl"))
+    texts = {"log": log, "stdout": shown.out + again.stdout, "stderr": shown.err + again.stderr}
     for folder in ("units", "encoder", "ctc"):
         files = [path for path in (work / folder).rglob("*") if path.is_file()]
         texts |= {str(path.relative_to(work)): path.read_bytes().decode("latin-1") for path in files}
     assert {"log", "units/units.json", "ctc/README.md", "encoder/options.json", "ctc/test.json"} <= set(texts)
+    assert "LOAD REPORT from: encoder" in texts["stderr"]  # of transformers, which names the path
     assert any("events.out" in name for name in texts)
     private = [secret, "zyxuser", "zyxhome", "qwxwork", str(tmp_path), str(ROOT), sys.prefix]
     leaks = [

@@ -203,10 +203,21 @@ def parse_objectives(objectives: list[str], options: list[str]) -> dict[str, dic
     return parsed
 
 
+class NamesOnly(logging.Filter):
+    """Takes the folders from absolute paths in messages: logs are kept in files and shown to others."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+(?=[^\s/])", "", record.getMessage()), ()
+        return True
+
+
 def set_up_logging(args: TrainingArguments) -> None:
-    """Log to stderr: information from the first process, warnings from all."""
+    """Log to stderr, names of files without their folders: information from the first process, warnings from all."""
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("hf_speechcl").setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_warning()
+    for handler in logging.getLogger().handlers + logging.getLogger("transformers").handlers:
+        if not any(isinstance(found, NamesOnly) for found in handler.filters):
+            handler.addFilter(NamesOnly())
