@@ -193,7 +193,7 @@ def describe_objectives(objectives: dict[str, dict]) -> str:
     rows = ["| objective | weight | settings |", "|---|---|---|"]
     for name, given in objectives.items():
         settings = {key: given.get(key, known.default) for key, known in objective_options(name).items()}
-        listed = ", ".join(f"{key} {value!r}" for key, value in settings.items())
+        listed = ", ".join(f"{key} {'none' if value is None else value}" for key, value in settings.items())
         rows.append(f"| `{name}` | {given.get('weight', 1.0):g} | {listed} |")
     return "\n".join(rows)
 
