@@ -165,7 +165,8 @@ class TextReport:
             return f"texts: all {self.num_texts} stay as they are"
         lines = [f"texts, {TextPolicy(**self.policy)}:"]
         for rule, count in self.counts.items():
-            examples = "; ".join(f"{each['before']!r} → {each['after']!r}" for each in self.examples[rule][:2])
+            shortest = sorted(self.examples[rule], key=lambda example: len(example["before"]))[:2]
+            examples = "; ".join(f"{each['before']!r} → {each['after']!r}" for each in shortest)
             lines.append(f"  {rule}: {count} of {self.num_texts} texts, such as {examples}")
         return "\n".join(lines)
 
