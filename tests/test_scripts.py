@@ -179,7 +179,7 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
         ("pretrain.py", ["--max_steps", "many"], "invalid int value: 'many'"),
         ("pretrain.py", ["--config", "/no/such.yaml"], "/no/such.yaml: no such file"),
         ("finetune_ctc.py", ["--model", "huge"], "model 'huge': expected tiny, small, base, large, a folder"),
-        ("finetune_ctc.py", ["--text_normalization", "upper"], "unknown text normalisation 'upper'"),
+        ("finetune_ctc.py", ["--casing", "title"], "casing must be lower, upper, keep, found 'title'"),
         ("finetune_ctc.py", ["--text_column", "words"], "demo has no column 'words'; it has id, audio, text"),
         ("finetune_ctc.py", ["--mask_feature_span", "100"], "mask_feature_span (100) exceeds the 80 mel bins"),
         ("finetune_ctc.py", ["--mask_time_prob", "-1"], "mask_time_prob must not be negative"),

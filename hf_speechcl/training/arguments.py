@@ -93,7 +93,9 @@ class PretrainingModelArguments:
     _argument_group_name = "model"
 
     encoder: str = option(
-        "tiny", "A size (tiny, small, base, large), or a SpeechCL folder or Hub name to go on pre-training from."
+        "tiny",
+        "A size (tiny, small, base, large), or a SpeechCL model to go on pre-training from: a folder, or user/name or "
+        "user/name@revision on the Hub.",
     )
     encoder_options: list[str] = option(
         [], "Fields of SpeechCLConfig to change, e.g. subsampling_factor=2 layerdrop=0.05 (with a size only)."

@@ -219,6 +219,20 @@ class SpeechTrainer(Trainer):
         # A pickle that nothing reads, with paths of this machine and, where one was given, the token of the Hub.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self.state.best_model_checkpoint is not None:
+            checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+            self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+            self.state.best_model_checkpoint = best
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        # The state on disk says which update was best, not in which folder of which machine.
+        best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+
     def save_state(self) -> None:
         best = self.state.best_model_checkpoint
         self.state.best_model_checkpoint = None if best is None else Path(best).name
