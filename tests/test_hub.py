@@ -103,6 +103,7 @@ def test_pretrained_folder_loads_by_name_and_trains_on(hub, trained, tmp_path):
     )  # fmt: skip
     tuned = load_file(tmp_path / "tuned" / "model.safetensors")
     assert all(torch.equal(tuned[name], weights[name]) for name in tuned if name.startswith("speechcl."))
+    publish(tmp_path / "tuned", "tester/tuned")  # its code is its own, not that of tester/encoder
     assert ModelCard.load(tmp_path / "tuned" / "README.md").data.base_model == "tester/encoder"
 
 
