@@ -150,12 +150,14 @@ def write_recognizer_card(
     corpus_name = ", ".join(map(source_name, data_args.corpus))
     tokens = sorted(set(tokenizer.get_vocab()) - {BLANK, UNKNOWN, WORD_DELIMITER})
     kind = "characters" if all(len(token) == 1 for token in tokens) else "pieces"
+    # transformers' pipeline has timestamps of characters and words only where the vocabulary is of characters.
+    usage = USE_CTC if kind == "characters" else USE_CTC.replace(', return_timestamps="word"', "")
     written = f"these characters: `{' '.join(tokens)}`" if kind == "characters" else f"{len(tokens)} pieces of words"
     write_card(
         folder,
         title="SpeechCL speech recogniser (CTC)",
         summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of {written}.",
-        usage=USE_CTC.replace("{chunks}", describe_chunks(config)),
+        usage=usage.replace("{chunks}", describe_chunks(config)),
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
         eval_results=[
