@@ -150,6 +150,8 @@ def write_recognizer_card(
     origin = "from scratch" if model_args.is_from_scratch else f"from `{source_name(model_args.model)}`"
     tokens = sorted(set(tokenizer.get_vocab()) - {BLANK, UNKNOWN, WORD_DELIMITER})
     kind = "characters" if all(len(token) == 1 for token in tokens) else "pieces"
+    # transformers' pipeline has timestamps of characters and words only where the vocabulary is of characters.
+    usage = USE_CTC if kind == "characters" else USE_CTC.replace(', return_timestamps="word"', "")
     written = f"these characters: `{' '.join(tokens)}`" if kind == "characters" else f"{len(tokens)} pieces of words"
     validation, policy = trainer.eval_dataset, str(TextPolicy(**config.text_policy))
     rates = {name: metrics[f"eval_{name}"] for name in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high")}
@@ -158,7 +160,7 @@ def write_recognizer_card(
         config=config,
         title="SpeechCL speech recogniser (CTC)",
         summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of {written}.",
-        usage=USE_CTC,
+        usage=usage,
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
         sources=data_args.corpus,
