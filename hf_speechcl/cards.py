@@ -281,14 +281,17 @@ def results_table(results: list[EvalResult]) -> str:
         rows.setdefault(result_key(result), {})[result.metric_type] = result
     names = list(dict.fromkeys(result.metric_type for result in results))
     columns = ["corpus", "split", "clips", "hours", "text normalisation", "decoding"]
-    columns += [f"{name.upper()} [95% interval]" for name in names]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines = [columns + [f"{name.upper()} [95% interval]" for name in names]]
     for (corpus, config, split, normalization, decoding), metrics in rows.items():
         args = next(iter(metrics.values())).metric_args or {}
         cells = [corpus if config is None else f"{corpus}:{config}", split, args.get("clips"), args.get("hours")]
         cells += [normalization, decoding, *(_rate(metrics.get(name)) for name in names)]
-        lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
-    return "\n".join(lines) if rows else ""
+        lines.append(["" if cell is None else str(cell) for cell in cells])
+    filled = [column for column in zip(*lines) if any(column[1:])]
+    if not filled:
+        return ""
+    header, *cells = [f"| {' | '.join(line)} |" for line in zip(*filled)]
+    return "\n".join([header, "|" + "---|" * len(filled), *cells])
 
 
 def _rate(result: EvalResult | None) -> str:

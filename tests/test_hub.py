@@ -22,6 +22,7 @@ from hf_speechcl.evaluation.evaluate import main as evaluate
 from hf_speechcl.evaluation.few_shot import PrototypicalClassifier
 from hf_speechcl.hub import PUBLISHED, find_model, publish, published_files
 from hf_speechcl.publish import main as publish_main
+from hf_speechcl.training.finetune_classifier import main as finetune_classifier
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
 from hf_speechcl.training.make_units import UnitArguments, build_features
 from hf_speechcl.training.make_units import main as make_units
@@ -172,6 +173,25 @@ def test_training_publishes_what_it_has_trained(hub, trained, tmp_path, caplog):
         assert len(HfApi().list_repo_commits(name, revision=revision)) == 2
     assert "published: " in caplog.text
     assert TOKEN not in caplog.text
+
+
+def test_classifier_is_published_by_its_training_and_loads_by_name(hub, trained, tmp_path, audio_folder, clips):
+    lines = ["file_name,keyword", *(f"clip{number}.wav,{'yes' if number % 2 else 'no'}" for number in range(4))]
+    (audio_folder / "metadata.csv").write_text("\n".join(lines))
+    finetune_classifier(
+        ["--model", str(trained / "encoder"), "--corpus", str(audio_folder), "--label_column", "keyword",
+         "--validation_fraction", "0.3", "--output_dir", str(tmp_path / "yes-no"), "--max_steps", "2", *FAST_RUN,
+         "--push_to_hub", "True", "--license", "mit", "--corpus_license", "CC0"]
+    )  # fmt: skip
+    classifier = pipeline("audio-classification", model="tester/yes-no")
+    assert {answer["label"] for answer in classifier(clips[0])} == {"yes", "no"}
+    card = ModelCard.load(HfApi().hf_hub_download("tester/yes-no", "README.md"))
+    card.validate()
+    assert 'model="tester/yes-no", trust_remote_code=True' in card.text
+    assert "- `audio`: CC0." in card.text
+    assert card.data.license == "mit"
+    assert [result.metric_type for result in card.data.eval_results] == ["accuracy", "f1"]
+    assert re.search(r"\| audio \| validation \| \d+ \| [\d.]+ \| [\d.]+% \[[\d., ]+\] \| [\d.]+% \[", card.text)
 
 
 def test_publishing_again_sends_only_what_changed_and_clears_what_is_gone(hub, trained, tmp_path):
