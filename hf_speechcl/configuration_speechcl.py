@@ -58,6 +58,10 @@ class SpeechCLConfig(PreTrainedConfig):
         ctc_loss_reduction: "sum" or "mean" over the batch; "mean" divides by label length first.
         ctc_zero_infinity: replace infinite CTC losses (label sequence longer than the frames) by zero.
         classifier_proj_size: width of the projection before mean pooling in `SpeechCLForSequenceClassification`.
+        use_weighted_layer_sum: the CTC and classification heads see a learned weighted mean of what goes into the
+            first layer and comes out of every layer, in place of the last layer's output alone.
+        text_policy: what was done to the texts that a recogniser was fine-tuned on (casing, punctuation, digits,
+            language); a record, which fine-tuning goes on with.
 
     Raises:
         ValueError: a combination that no model can have, with the field named.
@@ -98,6 +102,8 @@ class SpeechCLConfig(PreTrainedConfig):
     ctc_loss_reduction: str = "sum"
     ctc_zero_infinity: bool = True
     classifier_proj_size: int = 256
+    use_weighted_layer_sum: bool = False
+    text_policy: dict | None = None
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "SpeechCLConfig":
@@ -132,6 +138,8 @@ class SpeechCLConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
                 f"({self.num_attention_heads}): rotary positions turn pairs of channels of every head"
             )
+        if self.use_weighted_layer_sum and self.num_hidden_layers < 1:
+            raise ValueError("use_weighted_layer_sum needs layers to weigh: num_hidden_layers is 0")
         if not self.hop_length <= self.frame_length:
             raise ValueError(f"hop_length ({self.hop_length}) must not exceed frame_length ({self.frame_length})")
         if self.ctc_loss_reduction not in ("sum", "mean"):

@@ -1,156 +1,309 @@
-"""What stands beside the weights: the model card and the picture of the curves."""
+"""Models go to the Hub and come from it."""
 
-import math
-import platform
-from importlib.metadata import version
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-import datasets
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
-from . import __version__
-from .configuration_speechcl import SpeechCLConfig
+from .cards import CARD, CURVES, error_rate_results, fill_results, rename_model, result_key
+from .data.folders import source_name
+from .modeling_speechcl import REMOTE_CODE
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
-CURVES = "curves.png"
-PLOTTED = ("loss", "accuracy", "code_perplexity", "encoder_std", "encoder_rank", "wer", "cer")
+logger = logging.getLogger(__name__)
 
-USE_ENCODER = """```python
-import hf_speechcl  # or trust_remote_code=True in from_pretrained, without the package
-from transformers import AutoModel, AutoModelForCTC
+__all__ = ["add_results", "find_model", "prepare_repository", "publish", "published_files", "source_name"]
 
-encoder = AutoModel.from_pretrained("{name}")      # frame-level features
-model = AutoModelForCTC.from_pretrained("{name}")  # the encoder with a new CTC head, to be fine-tuned
-```
-
-Fine-tune it on transcribed speech:
-
-```bash
-python scripts/finetune_ctc.py --model {name} --corpus FOLDER_WITH_METADATA_CSV --output_dir runs/ctc
-```"""
-
-USE_CTC = """```python
-from transformers import pipeline
-
-recognizer = pipeline("automatic-speech-recognition", model="{name}", trust_remote_code=True)
-print(recognizer("speech.wav", return_timestamps="word"))
-```
-
-`trust_remote_code=True` is not needed after `import hf_speechcl`. {chunks}"""
-
-
-def describe_chunks(config: SpeechCLConfig) -> str:
-    """One sentence on how long recordings are transcribed in chunks."""
-    if config.sliding_window is None:
-        return "Long recordings: add `chunk_length_s=20`; the text may differ a little where chunks meet."
-    frame = config.inputs_to_logits_ratio / config.sampling_rate
-    stride = math.ceil((config.num_hidden_layers * config.sliding_window + 2) * frame)
-    return (
-        f"Long recordings: add `chunk_length_s={6 * stride}, stride_length_s={stride}`; a frame sees less than "
-        f"{stride} s to either side, so the text is that of the whole recording (but for its last 20 ms, which the "
-        "pipeline may cut)."
-    )
-
-
-def source_name(source: str) -> str:
-    """A corpus as a card may name it: a Hub name as it is, a local path by its last part."""
-    return Path(source).name if Path(source).exists() else source
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+CODE = ("configuration_speechcl.py", "modeling_speechcl.py")
+# All that goes to the Hub. Pickles, optimizer states, options and reports that name clips do not.
+PUBLISHED = (
+    WEIGHTS,
+    "model-*-of-*.safetensors",
+    WEIGHTS_INDEX,
+    "config.json",
+    *CODE,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+    "vocab.json",
+    "prototypes.safetensors",
+    "classes.json",
+    "results.json",
+    CURVES,
+    CARD,
+)
+DOWNLOADED = ("*.safetensors", "*.json", "*.py", "*.txt", "*.model")  # nothing that would have to be unpickled
+RETRY_SECONDS = (1, 2, 4, 8, 16)
 
 
-def data_row(sources: list[str], split: str, corpus: datasets.Dataset) -> dict:
-    """A row of the card's table of data."""
-    hours = f"{sum(corpus['duration']) / 3600:.2f}"
-    return {"corpus": ", ".join(map(source_name, sources)), "split": split, "clips": len(corpus), "hours": hours}
-
-
-def describe_model(config: SpeechCLConfig, num_parameters: int) -> str:
-    """One paragraph on the architecture."""
-    frame = 1000 * config.inputs_to_logits_ratio / config.sampling_rate
-    reach = "all frames" if config.sliding_window is None else f"{config.sliding_window} frames to either side"
-    return (
-        f"Log-mel ({config.num_mel_bins} bins), convolutional subsampling by {config.subsampling_factor} (a frame each "
-        f"{frame:g} ms), pre-norm Transformer with rotary positions: {config.num_hidden_layers} layers of "
-        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}; {num_parameters / 1e6:.3g} "
-        "million parameters."
-    )
-
-
-def describe_run(args, max_seconds_per_batch: float, runtime_seconds: float, num_updates: int) -> str:
-    """One paragraph on how a model was trained and on what."""
-    batch = max_seconds_per_batch * args.gradient_accumulation_steps * args.world_size
-    precision = "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32"
-    since = " since it was last resumed" if args.resume_from_checkpoint else ""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "accelerate"))
-    return (
-        f"{num_updates} updates of up to {batch:g} s of audio, AdamW, highest learning rate {args.learning_rate:g}, "
-        f"{precision}, seed {args.seed}; {runtime_seconds / 60:.1f} minutes{since} on {args.world_size} process(es), "
-        f"device {args.device.type} ({platform.machine()}). hf_speechcl {__version__}, {packages}."
-    )
-
-
-def metrics_table(metrics: dict[str, float]) -> str:
-    """A table of scalars."""
-    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-    return "\n".join(["| metric | value |", "|---|---|", *rows])
-
-
-def plot_curves(runs: dict[str, list[dict]], file: Path) -> None:
-    """Draw losses, accuracies and error rates against updates.
+def find_model(name: str | Path) -> str:
+    """The folder of a model: a local one as it is, one on the Hub as its download.
 
     Args:
-        runs: a Trainer's log for every label; training and validation are drawn into the same panels.
-        file: the picture.
+        name: a folder, or `user/name` on the Hub, or `user/name@revision` with a branch, a tag or a commit.
+
+    Raises:
+        FileNotFoundError: no such folder, repository or revision; or the Hub cannot be reached and it is not in the
+            cache.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for label, log_history in runs.items():
-        for entry in log_history:
-            for name, value in entry.items():
-                part, key = ("validation", name[5:]) if name.startswith("eval_") else ("training", name)
-                if key.rsplit("/")[-1] in PLOTTED and key != "loss":
-                    curve = panels.setdefault(key, {}).setdefault(f"{label} {part}".strip(), [])
-                    curve.append((entry["step"], value))
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (name, curves) in zip(axes.flat, panels.items()):
-        for part, points in curves.items():
-            axis.plot(*zip(*points), label=part, marker="." if len(points) < 30 else None)
-        axis.set(title=name, xlabel="updates")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    if Path(name).is_dir():
+        return str(name)
+    repo_id, _, revision = str(name).partition("@")
+    try:
+        return snapshot_download(repo_id, revision=revision or None, allow_patterns=list(DOWNLOADED))
+    except HFValidationError:
+        raise FileNotFoundError(f"no folder {name} here, and no Hub name, which is user/name") from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{repo_id} has no branch, tag or commit {revision!r}") from None
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"no folder {name} here, and no such model on the Hub; if it is private, log in with `hf auth login` or "
+            "set HF_TOKEN"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"no folder {name} here, and the Hub cannot be reached, nor was it downloaded before: {error}"
+        ) from error
 
 
-def write_card(
-    folder: Path,
+def published_files(folder: str | Path) -> list[Path]:
+    """The files of a model folder that go to the Hub.
+
+    Raises:
+        FileNotFoundError: something that a published model needs is missing.
+        ValueError: it holds two models, or its configuration does not say which class of the shipped files is for what.
+    """
+    folder = Path(folder)
+    found = sorted(path for path in folder.glob("*") if path.is_file())
+    files = [path for path in found if any(fnmatchcase(path.name, pattern) for pattern in PUBLISHED)]
+    names = {path.name for path in files}
+    if not names & {WEIGHTS, WEIGHTS_INDEX}:
+        others = ", ".join(path.name for path in found[:8]) or ("no files" if folder.is_dir() else "no folder")
+        raise FileNotFoundError(f"no model in {folder}: expected {WEIGHTS}, found {others}")
+    weights = {WEIGHTS}
+    if WEIGHTS_INDEX in names:
+        index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+        shards = {WEIGHTS_INDEX, *index["weight_map"].values()}
+        if WEIGHTS in names and shards <= names:
+            raise ValueError(f"{folder} holds {WEIGHTS} and {WEIGHTS_INDEX} with its parts: delete what is the older")
+        weights = weights if WEIGHTS in names else shards
+    if missing := sorted({"config.json", *CODE, *weights} - names):
+        raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: save the model with save_pretrained again")
+    if CARD not in names:
+        raise FileNotFoundError(
+            f"{folder} has no {CARD}: a model goes to the Hub with its card, which the training scripts write when a "
+            "run ends; in a checkpoint's folder, write one"
+        )
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    if missing := sorted(set(REMOTE_CODE.items()) - set(auto_map.items())):
+        raise ValueError(
+            f"auto_map of {folder / 'config.json'} lacks {', '.join(key for key, _ in missing)}, and the model would "
+            "not load by trust_remote_code: save it with save_pretrained of a class of hf_speechcl"
+        )
+    return [path for path in files if path.name in weights or not fnmatchcase(path.name, "model*.safetensors*")]
+
+
+def prepare_repository(
+    repo_id: str, *, private: bool | None = None, revision: str | None = None, tag: str | None = None, token=None
+) -> str:
+    """Make a repository that can be published to, or say why there is none.
+
+    One that is there already is used again if it is empty or holds a model of this package.
+
+    Args:
+        repo_id: `user/name`, or `name` for the user of the token.
+        private: who may see it; without, the default of the account.
+        revision: a branch, made from main where it is not there yet.
+        tag: must not be there yet.
+        token: without, that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        `user/name`.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached.
+        PermissionError: no token, or one that may not write there.
+        FileExistsError: the repository or tag is there and is something else.
+        ValueError: no name for a repository.
+    """
+    api = HfApi(token=token)
+    with _explained(repo_id):
+        validate_repo_id(repo_id)
+        user = api.whoami()
+        role = user.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise PermissionError(
+                "this token of the Hub can only read: make one that can write at https://huggingface.co/settings/tokens"
+            )
+        repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        owners = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+        if repo_id.split("/")[0] not in owners:
+            raise PermissionError(
+                f"{repo_id} would belong to {repo_id.split('/')[0]}, and this token to {', '.join(owners)}: publish as "
+                f"{user['name']}/{repo_id.split('/')[1]}"
+            )
+        _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        _retry(lambda: api.auth_check(repo_id, write=True))
+        info = _retry(lambda: api.model_info(repo_id))
+        if private is not None and info.private != private:
+            raise FileExistsError(
+                f"{repo_id} is there already and is {'private' if info.private else 'public'}: change that in its "
+                "settings on the Hub, or leave the option out"
+            )
+        others = {file.rfilename for file in info.siblings} - {".gitattributes", CARD}
+        if others and (info.config or {}).get("model_type") != "speechcl":
+            raise FileExistsError(
+                f"{repo_id} is there already and holds no model of hf_speechcl, but {', '.join(sorted(others)[:5])}: "
+                "publish under another name"
+            )
+        references = _retry(lambda: api.list_repo_refs(repo_id))
+        if tag in [known.name for known in references.tags]:
+            raise FileExistsError(f"{repo_id} has a tag {tag} already: give another, or leave it out")
+        if revision and revision not in [branch.name for branch in references.branches]:
+            _retry(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    return repo_id
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
     *,
-    usage: str,
-    tags: list[str],
-    pipeline_tag: str | None = None,
-    eval_results: list[EvalResult] | None = None,
-    **sections,
-) -> None:
-    """Write README.md into `folder` from the template; `sections` fill the rest of its fields."""
-    card_data = ModelCardData(
-        library_name="transformers",
-        tags=["speech", "hf_speechcl", *tags],
-        pipeline_tag=pipeline_tag,
-        model_name=folder.name,
-        eval_results=eval_results,
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
-        usage=usage.replace("{name}", folder.name if folder.is_absolute() else folder.as_posix()),
-        curves=CURVES if (folder / CURVES).is_file() else None,
-        **sections,
-    )
-    card.save(folder / "README.md")
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a model folder, in one commit, and name it in its card as it is named on the Hub.
+
+    What the Hub has already is not sent again, so an interrupted upload goes on when it is started again. Files of an
+    earlier model that the folder does not have are deleted there; other files of the repository stay.
+
+    Args:
+        folder: with weights, configuration and card; see `published_files`.
+        repo_id, private, revision, tag, token: as for `prepare_repository`.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        As `published_files` and `prepare_repository`; ValueError: the Hub does not accept the card.
+    """
+    files = published_files(folder)
+    repo_id = prepare_repository(repo_id, private=private, revision=revision, tag=tag, token=token)
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as stage, _explained(repo_id):
+        for file in files:
+            if file.name == CARD:
+                card = rename_model(file.read_text(encoding="utf-8"), repo_id)
+                Path(stage, CARD).write_text(card, encoding="utf-8")
+            else:
+                Path(stage, file.name).symlink_to(file.resolve())
+        commit = _retry(
+            lambda: api.upload_folder(
+                repo_id=repo_id,
+                folder_path=stage,
+                revision=revision,
+                commit_message=commit_message or "Model of hf_speechcl",
+                delete_patterns=list(PUBLISHED),
+            )
+        )
+        if tag:
+            _retry(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True))
+    return commit.commit_url
+
+
+def add_results(folder: str | Path, results: dict) -> None:
+    """Add what scripts/evaluate.py found to the card of a model: to its model-index and to its table of results.
+
+    Results on the same corpora, split, normalisation and decoding replace those that the card has.
+
+    Args:
+        folder: of the model, with its card.
+        results: the JSON of scripts/evaluate.py: corpus, split, clips, hours, text_normalization, decoding, and wer and
+            cer, shares, each with `_low` and `_high`.
+
+    Raises:
+        FileNotFoundError: no card.
+    """
+    file = Path(folder) / CARD
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {CARD} to add results to")
+    card = ModelCard.load(file)
+    new = error_rate_results(results)
+    replaced = set(map(result_key, new))
+    kept = [old for old in card.data.eval_results or [] if result_key(old) not in replaced]
+    card.data.eval_results = kept + new
+    card.data.model_name = card.data.model_name or Path(folder).name
+    card.text = fill_results(card.text, card.data.eval_results)
+    card.save(file)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Errors of the Hub's client as errors that say what to do."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name for a repository, which is user/name: {error}") from None
+    except OfflineModeIsEnabled:
+        raise ConnectionError("HF_HUB_OFFLINE is set, so nothing can be published: unset it") from None
+    except LocalTokenNotFoundError:
+        raise PermissionError(
+            "no token of the Hub: make one that can write at https://huggingface.co/settings/tokens, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise PermissionError("the Hub does not know this token: log in with `hf auth login` again") from error
+        if status == 403:
+            raise PermissionError(
+                f"this token may not write to {repo_id}: give it that right at https://huggingface.co/settings/tokens, "
+                "or publish under another name"
+            ) from error
+        if status >= 500:
+            raise ConnectionError(
+                f"the Hub is in trouble ({status}): try again later, what it has is not sent again"
+            ) from error
+        raise
+    except HTTPError as error:
+        raise ConnectionError(f"the Hub at {constants.ENDPOINT} cannot be reached: {error}") from error
+
+
+def _retry(call: Callable):
+    """Call until the Hub answers, with growing pauses; refusals are not asked about again."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return call()
+        except OfflineModeIsEnabled:
+            raise
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500 and error.response.status_code != 429:
+                raise
+            problem = error.response.status_code
+        except HTTPError as error:
+            problem = type(error).__name__
+        logger.warning("the Hub does not answer (%s): again in %d s", problem, seconds)
+        time.sleep(seconds)
+    return call()

@@ -239,6 +239,8 @@ class SpeechCLPreTrainedModel(PreTrainedModel):
             init.kaiming_normal_(module.weight)
         elif isinstance(module, SpeechCLModel):
             init.uniform_(module.masked_spec_embed)
+        elif isinstance(module, SpeechCLHeadModel) and self.config.use_weighted_layer_sum:
+            init.zeros_(module.layer_weights)
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
         """Encoder frames of a waveform of `input_lengths` samples (tensor or number)."""
@@ -353,12 +355,34 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         return Wav2Vec2BaseModelOutput(last_hidden_state=self.norm(hidden_states), extract_features=extract_features)
 
 
-class SpeechCLForCTC(SpeechCLPreTrainedModel):
-    """Encoder with a linear CTC head (Graves et al. 2006)."""
+class SpeechCLHeadModel(SpeechCLPreTrainedModel):
+    """Encoder of which a head sees the last layer or, with `config.use_weighted_layer_sum`, all of them.
+
+    Source of the weighted sum: Yang et al. 2021, arXiv 2105.01051, section 3.
+    """
 
     def __init__(self, config: SpeechCLConfig):
         super().__init__(config)
         self.speechcl = SpeechCLModel(config)
+        if config.use_weighted_layer_sum:
+            self.layer_weights = nn.Parameter(torch.empty(config.num_hidden_layers + 1))
+
+    def encode(self, input_values, attention_mask, **kwargs) -> tuple[torch.Tensor, Wav2Vec2BaseModelOutput]:
+        """What the head sees, (B, T, hidden_size), and all that the encoder gives."""
+        if not self.config.use_weighted_layer_sum:
+            outputs = self.speechcl(input_values, attention_mask, **kwargs)
+            return outputs.last_hidden_state, outputs
+        outputs = self.speechcl(input_values, attention_mask, **{**kwargs, "output_hidden_states": True})
+        weights = self.layer_weights.float().softmax(0)
+        hidden_states = sum(weight * states for weight, states in zip(weights, outputs.hidden_states))
+        return hidden_states.to(outputs.last_hidden_state.dtype), outputs
+
+
+class SpeechCLForCTC(SpeechCLHeadModel):
+    """Encoder with a linear CTC head (Graves et al. 2006)."""
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__(config)
         self.dropout = nn.Dropout(config.final_dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -381,8 +405,8 @@ class SpeechCLForCTC(SpeechCLPreTrainedModel):
             `logits` (B, T, vocab_size), in evaluation mode certain of the blank on padding frames, so that a batch
             decodes to the text of its clips; `loss` scalar, reduced as `config.ctc_loss_reduction` says.
         """
-        outputs = self.speechcl(input_values, attention_mask, **kwargs)
-        logits = self.lm_head(self.dropout(outputs.last_hidden_state))
+        hidden_states, outputs = self.encode(input_values, attention_mask, **kwargs)
+        logits = self.lm_head(self.dropout(hidden_states))
         if attention_mask is None:
             frame_lengths = torch.full((len(logits),), logits.shape[1], device=logits.device)
         else:
@@ -415,12 +439,11 @@ class SpeechCLForCTC(SpeechCLPreTrainedModel):
         )
 
 
-class SpeechCLForSequenceClassification(SpeechCLPreTrainedModel):
+class SpeechCLForSequenceClassification(SpeechCLHeadModel):
     """Encoder with mean pooling over time and a linear classifier: speaker, keyword, language."""
 
     def __init__(self, config: SpeechCLConfig):
         super().__init__(config)
-        self.speechcl = SpeechCLModel(config)
         self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size)
         self.dropout = nn.Dropout(config.final_dropout)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
@@ -437,14 +460,14 @@ class SpeechCLForSequenceClassification(SpeechCLPreTrainedModel):
         """Class scores of whole clips.
 
         Args:
-            input_values, attention_mask: as in `SpeechCLModel`.
+            input_values, attention_mask: as in `SpeechCLModel`; so are the masks among `kwargs`.
             labels: (B,) class ids.
 
         Returns:
             `logits` (B, num_labels); `loss`, the mean cross-entropy, with labels.
         """
-        outputs = self.speechcl(input_values, attention_mask, **kwargs)
-        hidden_states = self.projector(outputs.last_hidden_state)
+        hidden_states, outputs = self.encode(input_values, attention_mask, **kwargs)
+        hidden_states = self.projector(hidden_states)
         if attention_mask is None:
             pooled = hidden_states.mean(1)
         else:

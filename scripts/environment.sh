@@ -22,5 +22,7 @@ if [ ! -f "$installed" ]; then
   # torch first and by its exact version: a range would fetch a newer build with gigabytes of CUDA.
   "$venv/bin/pip" install --quiet --disable-pip-version-check "$(grep '^torch==' "$constraints")"
   "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$root[dev]"
+  # It asks for numpy 1, and works with numpy 2.
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --no-deps pyctcdecode
   touch "$installed"
 fi

@@ -15,9 +15,9 @@ sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__fi
 from transformers import pipeline  # noqa: E402
 
 import hf_speechcl  # noqa: E402, F401  (registers the model classes)
+from hf_speechcl.cards import plot_curves  # noqa: E402
 from hf_speechcl.data import load_corpus  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
-from hf_speechcl.hub import plot_curves  # noqa: E402
 from hf_speechcl.text import normalize_text  # noqa: E402
 
 

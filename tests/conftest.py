@@ -7,15 +7,21 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
 import torch
+from huggingface_hub import constants
 
+import hf_speechcl.hub
 from hf_speechcl import OBJECTIVES, SpeechCLConfig, load_corpus
 from hf_speechcl.data import PretrainingCollator
 from hf_speechcl.data.audio import read_audio
 from hf_speechcl.objectives import UtteranceObjective
+from hf_speechcl.training.finetune_ctc import main as finetune_ctc
+from hf_speechcl.training.pretrain import main as pretrain
+from tests.local_hub import FakeHub
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # scripts run in processes of their own test this checkout, not an installed one
@@ -48,6 +54,7 @@ FAST_RUN = (
     "--use_cpu --disable_tqdm True --max_seconds_per_batch 12 --logging_steps 1 "
     "--eval_strategy no --save_strategy no --report_to none"
 ).split()
+TOKEN = "hf_test"  # may write to the local Hub
 TINY_OPTIONS = [f"{name}={value}" for name, value in TINY.items()]
 
 
@@ -72,6 +79,51 @@ def clips(corpus):
     """Five real clips of unequal length, float32 at 16 kHz."""
     order = np.argsort(corpus["duration"])
     return [read_audio(corpus[int(order[place])]["audio"], 16000) for place in (2, 15, 30, 45, 52)]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of one user, tester, that this process and those it starts talk to."""
+    hub = FakeHub(tmp_path / "hub").start()
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    for name, value in {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets"),
+    }.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    for name, value in {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": TOKEN,
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hf_speechcl.hub, "RETRY_SECONDS", (0.01, 0.01, 0.01))
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Folders of an encoder and of a recogniser, each trained for three updates."""
+    folder = tmp_path_factory.mktemp("trained")
+    pretrain(
+        ["--output_dir", str(folder / "encoder"), "--max_steps", "3", "--encoder_options", *TINY_OPTIONS,
+         "--objectives", "best_rq", "prototypical", *FAST_RUN]
+    )  # fmt: skip
+    finetune_ctc(
+        ["--model", str(folder / "encoder"), "--output_dir", str(folder / "ctc"), "--max_steps", "3", *FAST_RUN]
+    )
+    return folder
 
 
 @pytest.fixture

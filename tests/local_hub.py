@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A tiny local stand-in for the Hugging Face Hub, for tests. Standard library only.
+"""A tiny local stand-in for the Hugging Face Hub, for tests. The standard library and PyYAML.
 
     python local_hub.py --port 8899 --root hub_root [--lfs-threshold 1000000] [--log requests.jsonl]
 
@@ -11,7 +11,10 @@ Speaks what huggingface_hub 2.x / transformers 5.x / datasets 5.x call for model
 whoami, create/delete/move repo, preupload, LFS batch + PUT + verify, commit (add, delete, copy by oid), repo info,
 tree, paths-info, refs, commits, branches, tags, HEAD/GET resolve with ETag and Range. No Xet: files above the LFS
 threshold need HF_HUB_DISABLE_XET=1 on the client (a negative threshold sends every file inside the commit instead).
-Any bearer token is accepted and acts as one user (--user); without a token, writes answer 401.
+Tokens are those of `TOKENS`, by what they may do, all of one user (--user); another answers 401. Without a token, or with
+one that can only read, writes are refused, and private repositories are not seen without one. `/api/validate-yaml`
+checks the metadata of a card as `card_problems` says. `hub.fail(method, pattern, times, status)` makes the next matching
+requests fail.
 
 In a test:  hub = FakeHub(root).start();  os.environ["HF_ENDPOINT"] = hub.url;  ...;  hub.stop()
 """
@@ -27,6 +30,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
+from hf_speechcl.cards import LICENSES
+
+TOKENS = {"hf_test": "write", "hf_reader": "read", "hf_fine": "fineGrained"}  # the last may write to no repository
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -186,18 +194,29 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {k: v[-1] for k, v in parse_qs(url.query).items()}
         self.data = self.body()
         self.hub.note(self.command, self.path, len(self.data))
-        authorized = bool(self.headers.get("Authorization")) or url.path.startswith("/lfs/")
+        self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.role = TOKENS.get(self.token)
         try:
+            if self.token and self.role is None:
+                raise HubError(401, "Invalid username or password.")
+            if (status := self.hub.failure(self.command, url.path)) is not None:
+                if status == 0:  # the line is cut
+                    self.close_connection = True
+                    self.connection.shutdown(2)
+                    return None
+                raise HubError(status, "made to fail")
             if (
                 self.command in ("POST", "PUT", "DELETE")
-                and not authorized
-                and not re.search("/paths-info/|/validate-yaml$", url.path)
+                and self.role != "write"
+                and not re.search("^/lfs/|/paths-info/|/validate-yaml$", url.path)
             ):
-                raise HubError(401, "Invalid username or password.")
+                raise HubError(403 if self.role else 401, "this token may not write")
             for method, pattern, func in ROUTES:
                 if self.command in method and (match := re.fullmatch(pattern, url.path)):
                     with self.hub.store.lock:
-                        return func(self, **{k: unquote(v) for k, v in match.groupdict().items() if v is not None})
+                        options = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
+                        self.check_seen(KINDS[options.get("kinds", "models")], options.get("repo_id"))
+                        return func(self, **options)
             raise HubError(404, f"no route for {self.command} {url.path}")
         except HubError as err:
             headers = {"X-Error-Message": err.message} | ({"X-Error-Code": err.code} if err.code else {})
@@ -206,6 +225,12 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+
+    def check_seen(self, kind, repo_id):
+        """A private repository is not there for those without a token."""
+        repo = self.hub.store.repos.get(f"{kind}/{repo_id}")
+        if repo and repo["private"] and self.role is None:
+            raise HubError(401, "Repository not found", "RepoNotFound")
 
     # ---- account and repositories ----
     def whoami(self):
@@ -221,13 +246,15 @@ class Handler(BaseHTTPRequestHandler):
                 "emailVerified": True,
                 "orgs": [],
                 "isPro": False,
-                "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}},
+                "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": self.role}},
             }
         )
 
     def create_repo(self):
         req = json.loads(self.data)
         kind, repo_id = req.get("type") or "model", f"{req.get('organization') or self.hub.user}/{req['name']}"
+        if not repo_id.startswith(f"{self.hub.user}/"):
+            raise HubError(403, "You don't have the rights to create a model under this namespace")
         url = f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         try:
             self.hub.store.create(kind, repo_id, private=req.get("visibility") == "private" or bool(req.get("private")))
@@ -393,6 +420,16 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.store.save()
         self.reply({})
 
+    def auth_check(self, kinds, repo_id, write=None):
+        self.hub.store.repo(KINDS[kinds], repo_id)
+        if write and self.role != "write":
+            raise HubError(403, "this token may not write")
+        self.reply({})
+
+    def validate_yaml(self):
+        problems = card_problems(json.loads(self.data)["content"])
+        self.reply({"errors": [{"message": text} for text in problems], "warnings": []}, 400 if problems else 200)
+
     # ---- upload ----
     def preupload(self, kinds, repo_id, revision):
         _, commit = self.hub.store.resolve(KINDS[kinds], repo_id, revision)
@@ -490,15 +527,75 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def card_data(text):
-    """The flat part of a model card's YAML header; enough for tags, pipeline_tag and library_name."""
-    match, out, key = re.match(r"---\n(.*?)\n---", text, re.S), {}, None
-    for line in match[1].splitlines() if match else []:
-        if m := re.match(r"([\w-]+):\s*(.*)$", line):
-            key, value = m[1], m[2].strip()
-            out[key] = value if value else []
-        elif key and isinstance(out[key], list) and (m := re.match(r"\s*-\s+(\S+)$", line)):
-            out[key].append(m[1])
-    return {k: v for k, v in out.items() if v != [] and k != "model-index"}
+    """The metadata of a card, but for its model-index."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.S)
+    return {key: value for key, value in (yaml.safe_load(match[1]) if match else {}).items() if key != "model-index"}
+
+
+PIPELINES = {"automatic-speech-recognition", "audio-classification", "feature-extraction", "text-generation"}
+NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+
+
+def card_problems(text):
+    """What the Hub's check of a card would find wrong with its metadata, as far as its documentation tells."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", text, re.S)
+    if not match:
+        return []  # the Hub only warns of cards without metadata
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return [f"YAML Metadata Error: {error}"]
+    if not isinstance(data, dict):
+        return ["metadata must be an object"]
+    problems = []
+
+    def check(holds, where, expected):
+        if not holds:
+            problems.append(f'"{where}" must be {expected}')
+
+    def texts(key, pattern=".+"):
+        values = data[key] if isinstance(data[key], list) else [data[key]]
+        good = values and all(isinstance(value, str) and re.fullmatch(pattern, value) for value in values)
+        check(good, key, f"one or more texts like {pattern}")
+
+    patterns = {"language": "[a-z]{2,3}(-[A-Za-z]+)?|multilingual|code", "datasets": NAME, "base_model": NAME}
+    for key in data:
+        check(isinstance(key, str) and data[key] is not None, key, "not empty")
+        if key in ("language", "datasets", "base_model", "tags", "metrics"):
+            texts(key, patterns.get(key, "[^\n]+"))
+        if key in ("library_name", "pipeline_tag", "model_name", "thumbnail", "license_name", "license_link"):
+            check(isinstance(data[key], str), key, "a text")
+    if "license" in data:
+        licenses = data["license"] if isinstance(data["license"], list) else [data["license"]]
+        check(all(license in LICENSES for license in licenses), "license", "one of the licences that the Hub knows")
+    if "pipeline_tag" in data:
+        check(data["pipeline_tag"] in PIPELINES, "pipeline_tag", "a task")
+    for m, model in enumerate(data.get("model-index", [])) if isinstance(data.get("model-index", []), list) else ():
+        at = f"model-index[{m}]"
+        check(isinstance(model.get("name"), str) and model["name"], f"{at}.name", "a text")
+        check(isinstance(model.get("results"), list), f"{at}.results", "an array")
+        for r, result in enumerate(model.get("results") or []):
+            where = f"{at}.results[{r}]"
+            check(isinstance(result.get("task", {}).get("type"), str), f"{where}.task.type", "a text")
+            for field in ("name", "type"):
+                check(isinstance(result.get("dataset", {}).get(field), str), f"{where}.dataset.{field}", "a text")
+            for field in ("config", "split", "revision"):
+                value = result.get("dataset", {}).get(field, "")
+                check(isinstance(value, str), f"{where}.dataset.{field}", "a text")
+            check(isinstance(result.get("metrics"), list) and result["metrics"], f"{where}.metrics", "an array")
+            for n, metric in enumerate(result.get("metrics") or []):
+                check(isinstance(metric.get("type"), str), f"{where}.metrics[{n}].type", "a text")
+                value = metric.get("value")
+                good = (
+                    isinstance(value, int | float | str | dict | list)
+                    and value == value
+                    and not isinstance(value, bool)
+                )
+                check(good, f"{where}.metrics[{n}].value", "a number")
+                check(isinstance(metric.get("name", ""), str), f"{where}.metrics[{n}].name", "a text")
+    if "model-index" in data:
+        check(isinstance(data["model-index"], list), "model-index", "an array")
+    return problems
 
 
 K, R, V = r"/api/(?P<kinds>models|datasets|spaces)", r"/(?P<repo_id>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)"
@@ -506,7 +603,7 @@ ROUTES = [
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create_repo),
     ("DELETE", r"/api/repos/delete", Handler.delete_repo),
-    ("POST", r"/api/validate-yaml", lambda h: h.reply({"errors": [], "warnings": []})),
+    ("POST", r"/api/validate-yaml", Handler.validate_yaml),
     ("GET", K, Handler.list_repos),
     ("GET", K + R, Handler.info),
     ("GET", K + R + r"/revision/" + V, Handler.info),
@@ -516,7 +613,7 @@ ROUTES = [
     ("GET", K + R + r"/commits/" + V, Handler.commits),
     ("POST DELETE", K + R + r"/branch/(?P<branch>[^/]+)", Handler.branch),
     ("POST DELETE", K + R + r"/tag/" + V, Handler.tag),
-    ("GET", K + R + r"/auth-check", lambda h, kinds, repo_id: h.reply(h.hub.store.repo(KINDS[kinds], repo_id) and {})),
+    ("GET", K + R + r"/auth-check(?:/(?P<write>write))?", Handler.auth_check),
     ("POST", K + R + r"/preupload/" + V, Handler.preupload),
     ("POST", K + R + r"/commit/" + V, Handler.commit),
     ("POST", r"(?:/(?P<kinds>datasets|spaces))?" + R + r"\.git/info/lfs/objects/batch", Handler.lfs_batch),
@@ -533,10 +630,21 @@ ROUTES = [
 class FakeHub:
     def __init__(self, root, port=0, user="tester", lfs_threshold=1_000_000, log=None):
         self.store, self.user, self.lfs_threshold = Store(root), user, lfs_threshold
-        self.requests, self.log = [], open(log, "a", buffering=1) if log else None
+        self.requests, self.failures, self.log = [], [], open(log, "a", buffering=1) if log else None
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("BoundHandler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def fail(self, method, pattern, times=1, status=503):
+        """Make the next `times` requests whose path holds `pattern` fail, with `status` 0 by cutting the line."""
+        self.failures.append([method, pattern, times, status])
+
+    def failure(self, method, path):
+        for failure in self.failures:
+            if failure[2] and method == failure[0] and re.search(failure[1], path):
+                failure[2] -= 1
+                return failure[3]
+        return None
 
     def note(self, method, path, size):
         self.requests.append((method, path))

@@ -15,7 +15,7 @@ from torch import nn
 from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForPreTraining, SpeechDataset
 from hf_speechcl.data import CTCCollator
 from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
-from hf_speechcl.training.finetune_ctc import CTCTrainer, CTCTrainingArguments
+from hf_speechcl.training.ctc_trainer import CTCTrainer, CTCTrainingArguments
 from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
 from hf_speechcl.training.trainer import find_checkpoint, keep_options
 from tests.conftest import FAST_RUN, ROOT, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, make_collator, run_script

@@ -53,6 +53,16 @@ def _refuse_truncated(file: soundfile.SoundFile, data: bytes | None, path: str |
             raise AudioError(f"truncated: {found} of {declared} bytes of samples are there")
 
 
+def read_sampling_rate(audio: dict[str, Any]) -> int:
+    """Samples per second of a clip `{"bytes", "path"}` by its header.
+
+    Raises:
+        AudioError: not an audio file.
+    """
+    with _open(audio) as file:
+        return file.samplerate
+
+
 def read_duration(audio: dict[str, Any]) -> float:
     """Seconds of a clip `{"bytes", "path"}` by its header, without decoding it.
 

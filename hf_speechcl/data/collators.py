@@ -185,41 +185,73 @@ class PretrainingCollator:
         batch["log_mel_noise"] = torch.from_numpy(noise)
 
 
-@dataclass
-class CTCCollator:
-    """Batches for `SpeechCLForCTC`.
-
-    Adds `labels` (B, L), padded with -100, and `index` (B,), the clips' places in the data set; with masking,
-    `mask_time_indices` (B, T) and `mask_feature_indices` (B, num_mel_bins), both bool.
+@dataclass(kw_only=True)
+class FineTuningMasks:
+    """Masks that are drawn over input to train on: spans of frames and bands of mel bins.
 
     Args:
-        frame_length: encoder frames of a number of samples.
-        labels: token ids of every clip of the data set, by index.
         mask_time_prob, mask_time_span: masked encoder frames, see `span_mask`; 0 for evaluation.
         num_mel_bins, num_feature_masks, mask_feature_span: mel bins, how many bands of them are masked, and their
             greatest width (Park et al. 2019, arXiv 1904.08779).
     """
 
-    frame_length: Callable[[int], int]
-    labels: list[list[int]]
     mask_time_prob: float = 0.0
     mask_time_span: int = 5
     num_mel_bins: int = 80
     num_feature_masks: int = 0
     mask_feature_span: int = 20
 
-    def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
-        usable, batch = begin_batch(clips)
-        labels = [np.asarray(self.labels[clip["index"]], dtype=np.int64) for clip in usable] or [np.zeros(0, np.int64)]
-        batch["labels"] = stack_rows(labels, max(len(row) for row in labels), -100)
-        batch["index"] = torch.tensor([clip["index"] for clip in usable], dtype=torch.long)
+    def add_masks(self, usable: list[dict], batch: dict[str, torch.Tensor], frame_length: Callable[[int], int]) -> None:
+        """Add `mask_time_indices` (B, T) and `mask_feature_indices` (B, num_mel_bins), both bool, where asked for."""
         rngs = [np.random.default_rng(clip["seed"]) for clip in usable]
         if self.mask_time_prob > 0:
             batch["mask_time_indices"], _ = draw_masks(
-                usable, rngs, batch, self.frame_length, self.mask_time_prob, self.mask_time_span
+                usable, rngs, batch, frame_length, self.mask_time_prob, self.mask_time_span
             )
         if self.num_feature_masks:
             batch["mask_feature_indices"] = draw_bands(
                 rngs, batch, self.num_mel_bins, self.num_feature_masks, self.mask_feature_span
             )
+
+
+@dataclass
+class CTCCollator(FineTuningMasks):
+    """Batches for `SpeechCLForCTC`: adds masks, `labels` (B, L), padded with -100, and `index` (B,), the clips' places
+    in the data set.
+
+    Args:
+        frame_length: encoder frames of a number of samples.
+        labels: token ids of every clip of the data set, by index.
+    """
+
+    frame_length: Callable[[int], int]
+    labels: list[list[int]]
+
+    def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
+        usable, batch = begin_batch(clips)
+        labels = [np.asarray(self.labels[clip["index"]], dtype=np.int64) for clip in usable] or [np.zeros(0, np.int64)]
+        batch["labels"] = stack_rows(labels, max(len(row) for row in labels), -100)
+        batch["index"] = torch.tensor([clip["index"] for clip in usable], dtype=torch.long)
+        self.add_masks(usable, batch, self.frame_length)
+        return batch
+
+
+@dataclass
+class ClassificationCollator(FineTuningMasks):
+    """Batches for `SpeechCLForSequenceClassification`: adds masks, `labels` (B,) and `index` (B,), the clips' places in
+    the data set.
+
+    Args:
+        frame_length: encoder frames of a number of samples.
+        labels: class of every clip of the data set, by index.
+    """
+
+    frame_length: Callable[[int], int]
+    labels: list[int]
+
+    def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
+        usable, batch = begin_batch(clips)
+        batch["labels"] = torch.tensor([self.labels[clip["index"]] for clip in usable] or [-100])
+        batch["index"] = torch.tensor([clip["index"] for clip in usable] or [-1])
+        self.add_masks(usable, batch, self.frame_length)
         return batch

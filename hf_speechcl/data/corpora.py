@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .audio import AudioError, read_duration
 from .demo import load_demo
-from .folders import AUDIO_SUFFIXES, audio_files, parquet_files, split_of
+from .folders import AUDIO_SUFFIXES, audio_files, parquet_files, source_name, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_corpus(
     for source in sources:
         rows = _load_source(source, split, audio_column, text_column, require_text, label_column, keep_columns)
         parts.append(_measure(_with_unique_ids(rows), source))
-        logger.info("%s, split %s: %d clips", source, split, len(parts[-1]))
+        logger.info("%s, split %s: %d clips", source_name(source), split, len(parts[-1]))
     corpus = concatenate_datasets(parts)
     if len(corpus) == 0:
         raise FileNotFoundError(
@@ -109,7 +109,11 @@ def load_train_and_validation(
             if held_out.all():
                 held_out = hashes == hashes.min()
             logger.info(
-                "%s has no split %s: %d of %d clips are held out", source, validation_split, held_out.sum(), len(corpus)
+                "%s has no split %s: %d of %d clips are held out",
+                source_name(source),
+                validation_split,
+                held_out.sum(),
+                len(corpus),
             )
             train.append(corpus.select(np.flatnonzero(~held_out)))
             validation.append(corpus.select(np.flatnonzero(held_out)))
@@ -259,11 +263,13 @@ def _measure(rows: Dataset, source: str) -> Dataset:
                 return 0.0
 
         with ThreadPoolExecutor() as pool:
-            numbers = tqdm(range(len(rows)), desc=f"durations of {source}", unit="clip", disable=len(rows) < 2000)
+            numbers = tqdm(
+                range(len(rows)), desc=f"durations of {source_name(source)}", unit="clip", disable=len(rows) < 2000
+            )
             seconds = list(pool.map(measure, numbers))
         rows = rows.add_column("duration", seconds, feature=Value("float64"))
     if problems:
-        logger.warning("skipped %d of %d files of %s:", len(problems), len(rows), source)
+        logger.warning("skipped %d of %d files of %s:", len(problems), len(rows), source_name(source))
         for number in sorted(problems):
             logger.warning("skipped %s: %s", rows[number]["id"], problems[number])
         rows = rows.select([number for number in range(len(rows)) if number not in problems])

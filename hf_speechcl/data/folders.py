@@ -1,6 +1,7 @@
 """What a local folder holds: audio files or parquet files, their splits, and the texts in metadata files."""
 
 import csv
+import hashlib
 import json
 import logging
 import posixpath
@@ -18,6 +19,21 @@ SPLITS = {
 SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+
+
+def source_name(source: str) -> str:
+    """A corpus or model as a file for others may name it: a Hub name as it is, a local path by its last part."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else source
+
+
+def without_folders(value):
+    """An option as a file may keep it: of an absolute path its last part and a hash, which tells it from others."""
+    if isinstance(value, list | tuple):
+        return [without_folders(part) for part in value]
+    if not isinstance(value, str) or not Path(value).expanduser().is_absolute():
+        return value
+    return f"{Path(value).name}#{hashlib.sha256(value.encode()).hexdigest()[:12]}"
 
 
 def split_of(name: str) -> str:
@@ -38,7 +54,7 @@ def parquet_files(path: Path) -> list[str]:
         return [path.name]
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.parquet"))
     if files and any(file.suffix.lower() in AUDIO_SUFFIXES for file in path.rglob("*")):
-        logger.warning("%s holds audio files and parquet files: %s is not used", path, ", ".join(files[:3]))
+        logger.warning("%s holds audio files and parquet files: %s is not used", path.name, ", ".join(files[:3]))
         return []
     return files
 

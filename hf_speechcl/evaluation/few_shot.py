@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from ..configuration_speechcl import SpeechCLConfig
 from ..data.batching import DurationBatchSampler
 from ..data.collators import pad_waveforms
+from ..hub import find_model
 from ..modeling_speechcl import SpeechCLModel, SpeechCLPreTrainedModel
 from ..objectives.base import frame_lengths
 from ..objectives.prototypical import Prototypical
@@ -42,7 +43,8 @@ class PrototypicalClassifier:
     what else is in a batch, but for rounding.
 
     Args:
-        model: folder or Hub name of a SpeechCL model, or such a model; it is put in evaluation mode.
+        model: folder or Hub name (`user/name`, `user/name@revision`) of a SpeechCL model, or such a model; it is put in
+            evaluation mode.
         layer: whose hidden states: 0 is what enters the first layer; without, the last.
         projector: use the projector.
         max_seconds_per_batch: seconds of audio that are encoded together, padding included.
@@ -172,12 +174,12 @@ class PrototypicalClassifier:
 
     @classmethod
     def load(cls, folder: str | Path) -> "PrototypicalClassifier":
-        """Read what `save` wrote.
+        """Read what `save` wrote, from a folder or by its name on the Hub.
 
         Raises:
             FileNotFoundError: no classifier in the folder.
         """
-        folder = Path(folder)
+        folder = Path(find_model(folder))
         for name in (CLASSES, TENSORS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
@@ -194,6 +196,7 @@ def load_model(name: str | Path) -> SpeechCLPreTrainedModel:
     """The model of a folder or Hub name: with its projectors, where there are trained ones, else the encoder alone."""
     if not Path(name).is_dir() and "/" not in str(name):
         raise ValueError(f"model {str(name)!r}: expected a folder or a Hub name")
+    name = find_model(name)
     config = SpeechCLConfig.from_pretrained(name)
     pretraining = SpeechCLForPreTraining.__name__ in (config.architectures or [])
     return (SpeechCLForPreTraining if pretraining else SpeechCLModel).from_pretrained(name, dtype=torch.float32)

@@ -2,14 +2,17 @@
 
 import logging
 import math
+import re
 import sys
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from ..cards import LICENSES
 from ..command_line import option, parse_assignments
 from ..configuration_speechcl import SpeechCLConfig
+from ..data.folders import source_name
 
 
 @dataclass
@@ -90,7 +93,9 @@ class PretrainingModelArguments:
     _argument_group_name = "model"
 
     encoder: str = option(
-        "tiny", "A size (tiny, small, base, large), or a SpeechCL folder or Hub name to go on pre-training from."
+        "tiny",
+        "A size (tiny, small, base, large), or a SpeechCL model to go on pre-training from: a folder, or user/name or "
+        "user/name@revision on the Hub.",
     )
     encoder_options: list[str] = option(
         [], "Fields of SpeechCLConfig to change, e.g. subsampling_factor=2 layerdrop=0.05 (with a size only)."
@@ -130,6 +135,14 @@ class SpeechTrainingArguments(TrainingArguments):
         "With gradient accumulation, compare the clips of all micro-batches, encoding their views twice; off: compare "
         "within each micro-batch. For objectives that compare clips.",
     )
+    license: str | None = option(
+        None, "Licence of the model for its card, as the Hub spells it: apache-2.0, cc-by-4.0, other, …"
+    )
+    corpus_license: str | None = option(
+        None, "Licence of the corpus for the card, of sources that state none by a LICENSE file or their card."
+    )
+    language: list[str] = option([], "Languages of the corpus for the card, as ISO 639 codes: en, de, …")
+    hub_strategy: str = option("end", "When to push to the Hub: end, as the card says what a finished run has found.")
     stop_on_collapse: int = option(0, "Stop after so many validations in a row that found a collapse; 0 goes on.")
 
     def __post_init__(self):
@@ -138,7 +151,25 @@ class SpeechTrainingArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is not used: batches are measured in seconds, set max_seconds_per_batch")
+        if self.license is not None and self.license not in LICENSES:
+            raise ValueError(f"license {self.license!r} is unknown to the Hub: expected {', '.join(sorted(LICENSES))}")
+        if unknown := [code for code in self.language if not re.fullmatch("[a-z]{2,3}", code)]:
+            raise ValueError(f"language: expected ISO 639 codes such as en, found {', '.join(unknown)}")
+        if self.hub_strategy != "end" or self.hub_always_push:
+            raise ValueError(
+                f"hub_strategy must be end, found {self.hub_strategy!r}"
+                f"{' and hub_always_push' if self.hub_always_push else ''}: checkpoints hold pickles and have no card; "
+                "resume from those in output_dir"
+            )
         super().__post_init__()
+
+    def to_dict(self) -> dict:
+        """As trackers show it: paths without the folders they are in."""
+        shown = super().to_dict()
+        return {
+            name: source_name(value) if isinstance(value, str) and value.startswith(("/", "~")) else value
+            for name, value in shown.items()
+        }
 
 
 def parse_config_options(assignments: list[str], field: str) -> dict:
@@ -174,10 +205,21 @@ def parse_objectives(objectives: list[str], options: list[str]) -> dict[str, dic
     return parsed
 
 
+class NamesOnly(logging.Filter):
+    """Takes the folders from absolute paths in messages: logs are kept in files and shown to others."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+(?=[^\s/])", "", record.getMessage()), ()
+        return True
+
+
 def set_up_logging(args: TrainingArguments) -> None:
-    """Log to stderr: information from the first process, warnings from all."""
+    """Log to stderr, names of files without their folders: information from the first process, warnings from all."""
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("hf_speechcl").setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_warning()
+    for handler in logging.getLogger().handlers + logging.getLogger("transformers").handlers:
+        if not any(isinstance(found, NamesOnly) for found in handler.filters):
+            handler.addFilter(NamesOnly())

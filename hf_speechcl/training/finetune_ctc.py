@@ -5,34 +5,41 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.utils import gather_object
-from huggingface_hub import EvalResult
-from transformers import AutoConfig, AutoProcessor, set_seed
+from transformers import AutoProcessor, Wav2Vec2Processor, set_seed
 from transformers.utils import cached_file
 
-from ..command_line import option, parse_arguments
-from ..configuration_speechcl import SIZES, SpeechCLConfig
-from ..ctc import BLANK, UNKNOWN, WORD_DELIMITER, build_processor, preflight
-from ..data import CTCCollator, SpeechDataset
-from ..data.corpora import load_train_and_validation
-from ..evaluation.asr import SpeechErrorRates
-from ..hub import (
+from ..cards import (
     CURVES,
     USE_CTC,
     data_row,
-    describe_chunks,
+    describe_limits,
     describe_model,
     describe_run,
+    error_rate_results,
     metrics_table,
     plot_curves,
-    source_name,
     write_card,
 )
+from ..citations import methods_of
+from ..command_line import option, parse_arguments
+from ..configuration_speechcl import SpeechCLConfig
+from ..ctc import BLANK, UNKNOWN, VOCABULARIES, WORD_DELIMITER, build_processor, preflight
+from ..data import CTCCollator, SpeechDataset
+from ..data.corpora import load_train_and_validation
+from ..data.folders import source_name
 from ..modeling_speechcl import SpeechCLForCTC
-from ..objectives import ObjectiveOutput
-from ..text import normalize_text
-from .arguments import CorpusArguments, SpeechTrainingArguments, parse_config_options, set_up_logging
-from .trainer import SpeechTrainer, find_checkpoint, keep_options
+from ..text_policy import TextPolicy, apply_policy
+from .arguments import CorpusArguments, set_up_logging
+from .ctc_trainer import CTCTrainer, CTCTrainingArguments
+from .finetuning import (
+    FineTuningModelArguments,
+    MaskArguments,
+    build_model,
+    choose_trained,
+    frozen_steps,
+    load_config,
+)
+from .trainer import find_checkpoint, keep_options, prepare_to_push
 
 logger = logging.getLogger(__name__)
 
@@ -44,219 +51,166 @@ DESCRIPTION = """Fine-tune a pre-trained SpeechCL encoder with a CTC head on tra
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --output_dir runs/mine-ctc
   The same model from scratch, for comparison:
     python scripts/finetune_ctc.py --model runs/demo --from_scratch --output_dir runs/scratch-ctc --max_steps 1000
+  Pieces of words in place of characters; text with capitals and punctuation, numbers in words:
+    python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --vocabulary unigram --vocab_size 500
+    python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --casing keep --punctuation keep \\
+      --digits words
+  Few transcripts: lower layers learn slower; adapters only; the head only, on a weighted mean of all layers:
+    python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --layer_decay 0.9
+    python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --lora_rank 8
+    python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --freeze_encoder_steps -1 \\
+      --weighted_layer_sum True
 
-The output folder loads by pipeline("automatic-speech-recognition", model=FOLDER); preflight_train.json
-and preflight_validation.json in it list the clips that were left out and why."""
+The output folder loads by pipeline("automatic-speech-recognition", model=FOLDER). In it, preflight_train.json and
+preflight_validation.json list the clips that were left out and why, text_train.json and text_validation.json what was
+changed in the texts."""
 
 
 @dataclass
-class CTCModelArguments:
-    _argument_group_name = "model"
-
-    model: str = option("tiny", "A pre-trained folder or Hub name; or a size (tiny, small, base, large), from scratch.")
-    model_options: list[str] = option([], "Fields of SpeechCLConfig to change, e.g. hidden_dropout=0.1.")
-    from_scratch: bool = option(False, "Take the architecture of the model only, with new weights, for comparison.")
-
-
-@dataclass
-class CTCDataArguments(CorpusArguments):
+class CTCDataArguments(MaskArguments, CorpusArguments):
     text_column: str = option("text", "Column with the transcript in parquet files, metadata and Hub data sets.")
-    text_normalization: str = option("basic", "basic (lower case, no punctuation) or none.")
+    casing: str | None = option(None, "Of the text that is learnt: lower, upper or keep; lower by default.")
+    punctuation: str | None = option(None, "remove (but for apostrophes within words) or keep; remove by default.")
+    digits: str | None = option(
+        None, "keep, words (four for 4) or leave_out (clips whose text has digits); keep by default."
+    )
+    text_language: str | None = option(None, "Language of the words for numbers, as num2words names it; en by default.")
+    vocabulary: str | None = option(
+        None, "characters, or pieces of words: unigram or bpe; characters by default. A recogniser keeps its own."
+    )
+    vocab_size: int | None = option(None, "Number of pieces, blank and unknown among them; 256 by default.")
     max_seconds: float = option(30.0, "Longer clips are left out.")
-    mask_time_prob: float = option(0.3, "Length of all masked time spans together, as a share of the clip; 0 for none.")
-    mask_time_span: float = option(0.2, "Length of a masked time span in seconds.")
-    num_feature_masks: int = option(2, "Bands of mel bins that are masked in a clip; 0 for none.")
-    mask_feature_span: int = option(20, "Greatest width of a masked band, in mel bins.")
 
     def __post_init__(self):
-        for name in ("max_seconds", "max_seconds_per_batch", "mask_time_span"):
+        super().__post_init__()
+        for name in ("max_seconds", "max_seconds_per_batch"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        for name in ("mask_time_prob", "num_feature_masks", "mask_feature_span"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        if self.vocabulary is not None and self.vocabulary not in VOCABULARIES:
+            raise ValueError(f"vocabulary must be {', '.join(VOCABULARIES)}, found {self.vocabulary!r}")
+        if self.vocab_size is not None and self.vocabulary not in ("unigram", "bpe"):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is for vocabularies of pieces: add --vocabulary unigram or bpe, or "
+                "leave it out"
+            )
 
 
-@dataclass
-class CTCTrainingArguments(SpeechTrainingArguments):
-    output_dir: str = option("runs/ctc", "Folder for checkpoints, the model and its card.")
-    learning_rate: float = option(5e-4, "Highest learning rate of the encoder.")
-    head_learning_rate: float = option(2e-3, "Highest learning rate of the CTC head.")
-    freeze_encoder_steps: float = option(
-        0, "Updates in which only the head is trained, or their share of the run if below 1."
+def text_policy(data_args: CTCDataArguments, config: SpeechCLConfig) -> TextPolicy:
+    """What the options say, over what the recogniser that is fine-tuned further was trained with, over the defaults."""
+    options = {
+        "casing": data_args.casing,
+        "punctuation": data_args.punctuation,
+        "digits": data_args.digits,
+        "language": data_args.text_language,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return TextPolicy(**{**(config.text_policy or {}), **given})
+
+
+def is_recognizer(model_args: FineTuningModelArguments) -> bool:
+    """Whether the model has a vocabulary already."""
+    return not model_args.is_from_scratch and bool(
+        cached_file(model_args.folder, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
     )
 
 
-def frozen_steps(freeze_encoder_steps: float, num_training_steps: int) -> int:
-    """Updates in which only the head is trained; below 1 the option is a share of the run."""
-    share = freeze_encoder_steps < 1
-    return round(freeze_encoder_steps * num_training_steps) if share else int(freeze_encoder_steps)
-
-
-class CTCTrainer(SpeechTrainer):
-    """Trains a `SpeechCLForCTC`; its one objective, "ctc", counts labels.
-
-    Args:
-        references: normalised texts of the validation set.
-        kwargs: as for `SpeechTrainer`.
-    """
-
-    def __init__(self, *, references: list[str], **kwargs):
-        super().__init__(**kwargs)
-        self.references = references
-        self.hypotheses: list[tuple[int, str]] = []
-
-    def objective_outputs(self, model, inputs):
-        index = inputs.pop("index")
-        outputs = model(**inputs)
-        if not model.training:
-            texts = self.processing_class.batch_decode(outputs.logits.argmax(-1))
-            self.hypotheses += zip(index.tolist(), texts)
-        return {"ctc": ObjectiveOutput(outputs.loss, self.count_items(inputs)["ctc"], {})}
-
-    def count_items(self, inputs):
-        return {"ctc": (inputs["labels"] >= 0).sum()}
-
-    def objective_weights(self):
-        return {"ctc": 1.0}
-
-    def evaluate(self, *args, **kwargs):
-        self.hypotheses = []
-        return super().evaluate(*args, **kwargs)
-
-    def summarize(self, sums):
-        scalars = super().summarize(sums)
-        if not self.model.training:
-            hypotheses = dict(gather_object(self.hypotheses))
-            self.hypotheses = []
-            rates = SpeechErrorRates().compute(
-                predictions=[hypotheses.get(index, "") for index in range(len(self.references))],
-                references=self.references,
-            )
-            scalars |= rates
-        return scalars
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            decayed = set(self.get_decay_parameter_names(self.model))
-            groups: dict[tuple[bool, bool], list] = {}
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault((name.startswith("speechcl."), name in decayed), []).append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self.args.learning_rate if in_encoder else self.args.head_learning_rate,
-                        "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                        "in_encoder": in_encoder,
-                    }
-                    for (in_encoder, is_decayed), parameters in groups.items()
-                ],
-                **options,
-            )
-        return self.optimizer
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.state.global_step < frozen_steps(self.args.freeze_encoder_steps, self.state.max_steps):
-            # Dropped after the backward pass, as DistributedDataParallel needs every parameter to take part in it.
-            for parameter in self.model.speechcl.parameters():
-                parameter.grad = None
-        return loss
-
-
-def load_config(model_args: CTCModelArguments) -> SpeechCLConfig:
-    """Configuration of the model that the options name; checked before any audio is read."""
-    options = parse_config_options(model_args.model_options, "model_options")
-    if model_args.model in SIZES:
-        return SpeechCLConfig.from_size(model_args.model, **options)
-    if not Path(model_args.model).is_dir() and "/" not in model_args.model:
-        raise ValueError(f"model {model_args.model!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
-    config = AutoConfig.from_pretrained(model_args.model, **options)
-    if not isinstance(config, SpeechCLConfig):
-        raise ValueError(
-            f"{model_args.model} is a {config.model_type} model: expected one that hf_speechcl pre-trained"
+def prepare_processor(
+    model_args: FineTuningModelArguments,
+    data_args: CTCDataArguments,
+    args: CTCTrainingArguments,
+    texts: list[str],
+    sampling_rate: int,
+    checkpoint: str | None,
+) -> Wav2Vec2Processor:
+    """The processor of the checkpoint, of the recogniser that is fine-tuned further, or one for `texts`."""
+    if checkpoint is not None:
+        return AutoProcessor.from_pretrained(checkpoint)
+    if is_recognizer(model_args):
+        return AutoProcessor.from_pretrained(model_args.folder)
+    with args.main_process_first(local=False, desc="making the vocabulary"):
+        if args.process_index:
+            return AutoProcessor.from_pretrained(args.output_dir)
+        processor = build_processor(
+            texts, sampling_rate, data_args.vocabulary or "characters", data_args.vocab_size or 256
         )
-    return config
-
-
-def is_from_scratch(model_args: CTCModelArguments) -> bool:
-    return model_args.from_scratch or model_args.model in SIZES
-
-
-def build_model(model_args: CTCModelArguments, config: SpeechCLConfig, processor) -> SpeechCLForCTC:
-    """A CTC model for the vocabulary of a processor, with new weights or with those of a pre-trained encoder."""
-    config.vocab_size = len(processor.tokenizer)
-    config.pad_token_id = processor.tokenizer.pad_token_id
-    config.ctc_loss_reduction = "sum"
-    if is_from_scratch(model_args):
-        config.objectives = None
-        return SpeechCLForCTC(config)
-    return SpeechCLForCTC.from_pretrained(model_args.model, config=config)
+        processor.save_pretrained(args.output_dir)
+        return processor
 
 
 def write_recognizer_card(
     folder: Path,
     trainer: CTCTrainer,
-    model_args: CTCModelArguments,
+    model_args: FineTuningModelArguments,
     data_args: CTCDataArguments,
     metrics: dict[str, float],
     runtime_seconds: float,
 ) -> None:
     """Write the model card of a fine-tuned model beside it."""
     args, config, tokenizer = trainer.args, trainer.model.config, trainer.processing_class.tokenizer
-    origin = "from scratch" if is_from_scratch(model_args) else f"from `{source_name(model_args.model)}`"
-    corpus_name = ", ".join(map(source_name, data_args.corpus))
-    characters = sorted(set(tokenizer.get_vocab()) - {BLANK, UNKNOWN, WORD_DELIMITER})
+    origin = "from scratch" if model_args.is_from_scratch else f"from `{source_name(model_args.model)}`"
+    tokens = sorted(set(tokenizer.get_vocab()) - {BLANK, UNKNOWN, WORD_DELIMITER})
+    kind = "characters" if all(len(token) == 1 for token in tokens) else "pieces"
+    # transformers' pipeline has timestamps of characters and words only where the vocabulary is of characters.
+    usage = USE_CTC if kind == "characters" else USE_CTC.replace(', return_timestamps="word"', "")
+    written = f"these characters: `{' '.join(tokens)}`" if kind == "characters" else f"{len(tokens)} pieces of words"
+    validation, policy = trainer.eval_dataset, str(TextPolicy(**config.text_policy))
+    rates = {name: metrics[f"eval_{name}"] for name in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high")}
     write_card(
         folder,
+        config=config,
         title="SpeechCL speech recogniser (CTC)",
-        summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of these characters: "
-        f"`{' '.join(characters)}`.",
-        usage=USE_CTC.replace("{chunks}", describe_chunks(config)),
+        summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of {written}.",
+        usage=usage,
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
-        eval_results=[
-            EvalResult(
-                task_type="automatic-speech-recognition",
-                dataset_type=corpus_name,
-                dataset_name=corpus_name,
-                dataset_split="validation",
-                metric_type=name,
-                metric_value=round(metrics[f"eval_{name}"], 4),
-            )
-            for name in ("wer", "cer")
-        ],
+        sources=data_args.corpus,
+        methods=[*methods_of(config.objectives), "ctc"],
+        args=args,
+        base_model=None if model_args.is_from_scratch else model_args.model,
+        eval_results=error_rate_results(
+            {
+                "corpus": [source_name(source) for source in data_args.corpus],
+                "split": "validation",
+                "clips": len(validation),
+                "hours": validation.hours,
+                "text_normalization": policy,
+                "decoding": "greedy",
+                **rates,
+            }
+        ),
         data=[
             data_row(data_args.corpus, split, data.corpus)
-            for split, data in [("train", trainer.train_dataset), ("validation", trainer.eval_dataset)]
+            for split, data in [("train", trainer.train_dataset), ("validation", validation)]
         ],
-        sampling_rate=config.sampling_rate,
         model=describe_model(config, trainer.model.num_parameters()),
         training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for the "
         f"first {frozen_steps(args.freeze_encoder_steps, trainer.state.max_steps)} updates; time masks "
-        f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. Text normalisation: "
-        f"{data_args.text_normalization}. "
-        + describe_run(args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step),
-        results="On the validation clips, greedy decoding, shares with bootstrap 95% intervals (`_low`, `_high`):\n\n"
-        + metrics_table(metrics),
-        limits="It knows the language, voices and recording conditions of its data. No language model is used.",
+        f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. Text: {policy}. "
+        + describe_run(
+            args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step, trainer.audio_hours
+        ),
+        results="At the end of training, on the validation clips; error rates are shares, with bootstrap 95% intervals "
+        "(`_low`, `_high`):\n\n" + metrics_table(metrics) + "\n\nError rates with 95% intervals over clips:",
+        limits=describe_limits(trainer.train_dataset.hours)
+        + " It writes what it was taught to write, without a language model, and makes up words where speech is "
+        "unclear: do not rely on it where an error does harm.",
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(
-        [CTCModelArguments, CTCDataArguments, CTCTrainingArguments], DESCRIPTION, argv
+        [FineTuningModelArguments, CTCDataArguments, CTCTrainingArguments], DESCRIPTION, argv
     )
     set_up_logging(args)
+    prepare_to_push(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    normalize_text("", data_args.text_normalization)
     config = load_config(model_args)
-    if data_args.mask_feature_span > config.num_mel_bins:
+    masks = data_args.masks(config)
+    policy = text_policy(data_args, config)
+    if data_args.vocabulary is not None and is_recognizer(model_args):
         raise ValueError(
-            f"mask_feature_span ({data_args.mask_feature_span}) exceeds the {config.num_mel_bins} mel bins"
+            f"vocabulary={data_args.vocabulary}, but {model_args.model} is a recogniser with a vocabulary: leave it "
+            "out, or fine-tune the encoder that it was made from"
         )
     keep_options(args, checkpoint, model_args, data_args)
 
@@ -270,59 +224,62 @@ def main(argv: list[str] | None = None) -> None:
             text_column=data_args.text_column,
             require_text=True,
         )
-    texts = [
-        [None if text is None else normalize_text(text, data_args.text_normalization) for text in corpus["text"]]
-        for corpus in corpora
-    ]
-    is_recognizer = not is_from_scratch(model_args) and cached_file(
-        model_args.model, "vocab.json", _raise_exceptions_for_missing_entries=False
-    )
-    if is_recognizer:
-        processor = AutoProcessor.from_pretrained(model_args.model)
-    else:
-        processor = build_processor([text for text in texts[0] if text], config.sampling_rate)
-
-    set_seed(args.seed)
-    model = build_model(model_args, config, processor)
-    frame_length = model._get_feat_extract_output_lengths
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    texts, left_out = [], []
+    for name, corpus in zip(("train", "validation"), corpora):
+        as_written = corpus["text"]
+        changed, report = apply_policy(policy, as_written)
+        logger.info("%s, %s", name, report)
+        report.save(output_dir / f"text_{name}.json")
+        texts.append(changed)
+        left_out.append(
+            {row: ("digits", text) for row, text in enumerate(as_written) if text and policy.leaves_out(text)}
+        )
+    learnt = [text for row, text in enumerate(texts[0]) if text and row not in left_out[0]]
+    processor = prepare_processor(model_args, data_args, args, learnt, config.sampling_rate, checkpoint)
+
+    set_seed(args.seed)
+    config.text_policy = policy.to_dict()
+    config.vocab_size = len(processor.tokenizer)
+    config.pad_token_id = processor.tokenizer.pad_token_id
+    config.ctc_loss_reduction = "sum"
+    model = build_model(SpeechCLForCTC, model_args, config)
+    tuner = choose_trained(model, model_args, args, data_args.mask_time_prob > 0)
+    frame_length = model._get_feat_extract_output_lengths
     datasets, labels, references = [], [], []
-    for name, corpus, corpus_texts in zip(("train", "validation"), corpora, texts):
-        kept, report = preflight(
-            corpus, corpus_texts, processor.tokenizer, frame_length, config.sampling_rate, data_args.max_seconds
+    for split, name in enumerate(("train", "validation")):
+        kept, kept_labels, report = preflight(
+            corpora[split],
+            texts[split],
+            processor.tokenizer,
+            frame_length,
+            config.sampling_rate,
+            data_args.max_seconds,
+            left_out[split],
         )
         logger.info("%s, %s", name, report)
         report.save(output_dir / f"preflight_{name}.json")
         if not kept:
             raise ValueError(f"no clip of {name} can be trained on: see {output_dir / f'preflight_{name}.json'}")
-        datasets.append(SpeechDataset(corpus.select(kept), config.sampling_rate, args.seed, min_seconds=0))
-        references.append([corpus_texts[row] for row in kept])
-        labels.append(processor.tokenizer(references[-1]).input_ids)
+        datasets.append(SpeechDataset(corpora[split].select(kept), config.sampling_rate, args.seed, min_seconds=0))
+        labels.append(kept_labels)
+        references.append([texts[split][row] for row in kept])
 
-    span = max(1, round(data_args.mask_time_span * config.sampling_rate / config.inputs_to_logits_ratio))
-    if not data_args.mask_time_prob:
-        model.speechcl.masked_spec_embed.requires_grad_(False)
     trainer = CTCTrainer(
         model=model,
         args=args,
         train_dataset=datasets[0],
         eval_dataset=datasets[1],
         references=references[1],
-        data_collator=CTCCollator(
-            frame_length,
-            labels[0],
-            mask_time_prob=data_args.mask_time_prob,
-            mask_time_span=span,
-            num_mel_bins=config.num_mel_bins,
-            num_feature_masks=data_args.num_feature_masks,
-            mask_feature_span=data_args.mask_feature_span,
-        ),
+        data_collator=CTCCollator(frame_length, labels[0], **masks),
         eval_collator=CTCCollator(frame_length, labels[1]),
         max_seconds_per_batch=data_args.max_seconds_per_batch,
         processing_class=processor,
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if tuner is not None:
+        tuner.merge_and_unload(safe_merge=True)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
@@ -332,4 +289,6 @@ def main(argv: list[str] | None = None) -> None:
     plot_curves({"": trainer.state.log_history}, output_dir / CURVES)
     (output_dir / "results.json").write_text(json.dumps(metrics, indent=2))
     write_recognizer_card(output_dir, trainer, model_args, data_args, metrics, result.metrics["train_runtime"])
-    logger.info("model, processor, card and curves are in %s", output_dir)
+    logger.info("model, processor, card and curves are in %s", source_name(args.output_dir))
+    if args.push_to_hub:
+        logger.info("published: %s", trainer.push_to_hub())

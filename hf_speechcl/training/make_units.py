@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..command_line import option, parse_arguments
 from ..data import SpeechDataset
 from ..data.corpora import load_train_and_validation
+from ..data.folders import source_name, without_folders
 from ..data.units import Units, clip_names, units_table
 from ..quantizers import perplexity
 from .arguments import ClipArguments, SourceArguments
@@ -173,9 +174,10 @@ def main(argv: list[str] | None = None) -> None:
         **vars(sources),
         **vars(clips),
     }
+    options = {name: without_folders(value) for name, value in options.items()}
     folder = Path(args.output_dir)
     if is_made(folder, options):
-        logger.info("%s holds these units already", folder)
+        logger.info("%s holds these units already", source_name(args.output_dir))
         return
 
     train, validation = load_train_and_validation(
@@ -205,4 +207,4 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{split}: " + ", ".join(f"{name} {value}" for name, value in statistics[split].items()))
     description = {**options, "units_hash": Units.hash(options, centroids), "statistics": statistics}
     Units(folder, description, centroids, units_table(rows)).save()
-    logger.info("units are in %s", folder)
+    logger.info("units are in %s", source_name(args.output_dir))

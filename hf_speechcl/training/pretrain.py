@@ -7,14 +7,28 @@ from pathlib import Path
 
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
+from ..cards import (
+    CURVES,
+    USE_ENCODER,
+    data_row,
+    describe_limits,
+    describe_model,
+    describe_objectives,
+    describe_run,
+    metrics_table,
+    plot_curves,
+    write_card,
+)
+from ..citations import methods_of
 from ..command_line import parse_arguments, parse_assignments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data import PretrainingCollator, SpeechDataset
 from ..data.augment import Augmentation, check_probabilities, keeps_time
 from ..data.corpora import load_corpus, load_train_and_validation
+from ..data.folders import source_name
 from ..data.rooms import simulate_rooms
 from ..data.units import Units
-from ..hub import CURVES, USE_ENCODER, data_row, describe_model, describe_run, metrics_table, plot_curves, write_card
+from ..hub import find_model
 from ..pretraining import SpeechCLForPreTraining, objective_options
 from .arguments import (
     PretrainingDataArguments,
@@ -25,7 +39,7 @@ from .arguments import (
     set_up_logging,
 )
 from .pretraining_trainer import PretrainingTrainer
-from .trainer import find_checkpoint, keep_options
+from .trainer import find_checkpoint, keep_options, prepare_to_push
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +78,16 @@ def build_model(model_args: PretrainingModelArguments, units: Units | None = Non
         raise ValueError("encoder_options change a new encoder: leave them out with an encoder that has its weights")
     if not Path(model_args.encoder).is_dir() and "/" not in model_args.encoder:
         raise ValueError(f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
-    check_units(units, model_args.encoder)
-    earlier = (SpeechCLConfig.from_pretrained(model_args.encoder).objectives or {}).get("best_rq")
+    folder = find_model(model_args.encoder)
+    check_units(units, folder)
+    earlier = (SpeechCLConfig.from_pretrained(folder).objectives or {}).get("best_rq")
     if earlier and "best_rq" in objectives and earlier.get("seed", 0) != objectives["best_rq"].get("seed", 0):
         raise ValueError(
             f"best_rq.seed: {model_args.encoder} has quantisers of seed {earlier.get('seed', 0)}, go on with that one"
         )
-    config = SpeechCLConfig.from_pretrained(model_args.encoder, objectives=objectives)
+    config = SpeechCLConfig.from_pretrained(folder, objectives=objectives)
     # Objectives may have other options than those the folder was trained with: what no longer fits is drawn anew.
-    return SpeechCLForPreTraining.from_pretrained(model_args.encoder, config=config, ignore_mismatched_sizes=True)
+    return SpeechCLForPreTraining.from_pretrained(folder, config=config, ignore_mismatched_sizes=True)
 
 
 def fill_units(objectives: dict[str, dict], units: Units | None) -> None:
@@ -158,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], DESCRIPTION, argv
     )
     set_up_logging(args)
+    prepare_to_push(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     set_seed(args.seed)
     units = None if data_args.units is None else Units.load(data_args.units)
@@ -216,27 +232,40 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     plot_curves({"": trainer.state.log_history}, folder / CURVES)
     (folder / "results.json").write_text(json.dumps(metrics, indent=2))
-    names = ", ".join(f"{name} ({json.dumps(options)})" for name, options in config.objectives.items())
+    began = "" if model_args.encoder in SIZES else f", going on from `{source_name(model_args.encoder)}`"
     write_card(
         folder,
+        config=config,
         title=f"SpeechCL encoder, pre-trained with {' and '.join(config.objectives)}",
-        summary="A speech encoder pre-trained on audio without transcripts by hf_speechcl, to be fine-tuned.",
+        summary="A speech encoder pre-trained on audio without transcripts by hf_speechcl, to be fine-tuned on speech "
+        "recognition or classification. It gives a vector for every frame of a recording; it gives no text.",
         usage=USE_ENCODER,
         tags=["self-supervised", "pre-training", *config.objectives],
         pipeline_tag="feature-extraction",
+        sources=data_args.corpus,
+        methods=methods_of(config.objectives),
+        args=args,
+        base_model=None if model_args.encoder in SIZES else model_args.encoder,
         data=[
             data_row(data_args.corpus, split, corpus)
             for split, corpus in [("train", train), ("validation", validation)]
         ],
-        sampling_rate=config.sampling_rate,
         model=describe_model(config, model.speechcl.num_parameters()),
-        training=f"Objectives: {names}. Masked spans of {data_args.mask_span:g} s, together {data_args.mask_prob:g} of "
-        "a clip before overlaps. "
+        training=f"Objectives{began}, with all their settings:\n\n{describe_objectives(config.objectives)}\n\n"
+        f"Masked spans of {data_args.mask_span:g} s, together {data_args.mask_prob:g} of a clip before overlaps. "
         + describe_run(
-            args, data_args.max_seconds_per_batch, result.metrics["train_runtime"], trainer.state.global_step
+            args,
+            data_args.max_seconds_per_batch,
+            result.metrics["train_runtime"],
+            trainer.state.global_step,
+            trainer.audio_hours,
         ),
         results=f"On the validation clips, with fixed masks; collapse guard: {trainer.guard.verdict}.\n\n"
         + metrics_table(metrics),
-        limits="It knows the languages, voices and recording conditions of its data. It gives features, not text.",
+        limits=describe_limits(datasets["train"].hours)
+        + " The numbers above measure the pre-training task; what an encoder is worth for recognition shows after "
+        "fine-tuning.",
     )
-    logger.info("model, card and curves are in %s", folder)
+    logger.info("model, card and curves are in %s", source_name(args.output_dir))
+    if args.push_to_hub:
+        logger.info("published: %s", trainer.push_to_hub())

@@ -10,11 +10,13 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.batching import DurationBatchSampler
 from ..data.dataset import SpeechDataset
+from ..data.folders import source_name, without_folders
+from ..hub import prepare_repository, publish
 from ..objectives import ObjectiveOutput
 
 logger = logging.getLogger(__name__)
@@ -153,8 +155,13 @@ class SpeechTrainer(Trainer):
             self.check_finite(logs["loss"])
             sums, self.train_sums = self.train_sums, Sums()
             logs |= self.summarize(sums)
-            logs["audio_hours"] = round((self.state.epoch or 0) * self.train_dataset.hours, 4)
+            logs["audio_hours"] = round(self.audio_hours, 4)
         super().log(logs, start_time)
+
+    @property
+    def audio_hours(self) -> float:
+        """Hours of audio trained on so far, repetitions included."""
+        return (self.state.epoch or 0) * self.train_dataset.hours
 
     def check_finite(self, loss: float) -> None:
         """Stop a run that has diverged.
@@ -207,10 +214,74 @@ class SpeechTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads, with paths of this machine and, where one was given, the token of the Hub.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self.state.best_model_checkpoint is not None:
+            checkpoint = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+            self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+            self.state.best_model_checkpoint = best
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        # The state on disk says which update was best, not in which folder of which machine.
+        best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def save_state(self) -> None:
+        best = self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = None if best is None else Path(best).name
+        super().save_state()
+        self.state.best_model_checkpoint = best
+
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        super().save_model(output_dir, _internal_call=True)  # not yet pushed: its card is not written
+
+    def init_hf_repo(self, token=None, private=None) -> None:
+        self.hub_model_id = self.args.hub_model_id  # `prepare_to_push` made it before anything was loaded
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: cards.py writes the card, which knows what was trained on what."""
+
+    def push_to_hub(self, commit_message: str | None = None, **kwargs) -> str | None:
+        """Publish output_dir; to be called when all is written into it. Returns the address of the commit."""
+        if not self.is_world_process_zero():
+            return None
+        folder, args = self.args.output_dir, self.args
+        try:
+            return publish(
+                folder,
+                args.hub_model_id or Path(folder).name,
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+                token=args.hub_token,
+                commit_message=commit_message or f"Model after {self.state.global_step} updates",
+            )
+        except Exception:
+            logger.error("the run is complete, but not published: try again with scripts/publish.py")
+            raise
+
     def floating_point_ops(self, inputs: dict) -> int:
         """6 operations per weight and encoder frame, forward and backward."""
         frames = self.model._get_feat_extract_output_lengths(inputs["input_values"].shape[1])
         return 6 * self.model.num_parameters(only_trainable=True) * frames * len(inputs["input_values"])
+
+
+def prepare_to_push(args) -> None:
+    """With `push_to_hub`, make the repository before a run begins, or say what is in the way."""
+    if args.push_to_hub and args.process_index == 0:
+        args.hub_model_id = prepare_repository(
+            args.hub_model_id or Path(args.output_dir).name,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            token=args.hub_token,
+        )
+        logger.info("the model will be published as %s", args.hub_model_id)
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str | None:
@@ -227,7 +298,8 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
     newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
     if resume_from_checkpoint == "last":
         logger.info(
-            "no complete checkpoint in %s: a new run" if newest is None else "resuming from %s", newest or output_dir
+            "no complete checkpoint in %s: a new run" if newest is None else "resuming from %s",
+            source_name(output_dir) if newest is None else newest.name,
         )
         return None if newest is None else str(newest)
     if resume_from_checkpoint:
@@ -247,6 +319,8 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
 def keep_options(args, checkpoint: str | None, *options) -> None:
     """Write the options of a new run into its folder; refuse to go on with a run under other options.
 
+    Of absolute paths the file keeps the last part and a hash.
+
     Args:
         args: training arguments, of which the seeds and the accumulation count.
         checkpoint: what the run goes on from, None for a new run.
@@ -257,6 +331,7 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     """
     current = {name: value for group in options for name, value in vars(group).items()}
     current |= {name: getattr(args, name) for name in ("seed", "data_seed", "gradient_accumulation_steps")}
+    current = {name: without_folders(value) for name, value in current.items()}
     file = Path(args.output_dir) / "options.json"
     if checkpoint is not None and file.is_file():
         begun = json.loads(file.read_text(encoding="utf-8"))

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 from ..configuration_speechcl import SpeechCLConfig
+from ..data.folders import source_name
+from ..hub import find_model
 from ..modeling_speechcl import SpeechCLLogMel
 
 logger = logging.getLogger(__name__)
@@ -73,13 +75,13 @@ class EncoderLayer:
     """Hidden states of an encoder of the wav2vec 2.0 family, in evaluation mode.
 
     Args:
-        name: folder or Hub name for `AutoModel`.
+        name: folder, or Hub name as for `find_model`, for `AutoModel`.
         layer: which of its `hidden_states`; 0 is what enters the first layer.
         device: to run it on.
 
     Raises:
         ValueError: no such layer, or no encoder of that family.
-        OSError: no such checkpoint.
+        FileNotFoundError: no such checkpoint.
 
     Source: Hsu et al. 2021, arXiv 2106.07447, section 3.2, for iterations after the first.
     """
@@ -87,19 +89,20 @@ class EncoderLayer:
     def __init__(self, name: str, layer: int, device: torch.device | str = "cpu"):
         if not Path(name).is_dir() and "/" not in name:
             raise ValueError(f"features {name!r}: expected mfcc, a folder or a Hub name")
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        folder = find_model(name)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not hasattr(config, "inputs_to_logits_ratio"):
             raise ValueError(f"features {name}: {config.model_type} is no encoder of the wav2vec 2.0 family")
         if not 0 <= layer <= config.num_hidden_layers:
             raise ValueError(f"layer must be between 0 and {config.num_hidden_layers}, found {layer}")
         self.layer, self.device = layer, device
-        self.model = AutoModel.from_pretrained(name, trust_remote_code=False).eval().to(device)
+        self.model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval().to(device)
         try:
-            extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+            extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
             self.normalize, self.sampling_rate = extractor.do_normalize, extractor.sampling_rate
         except OSError:
             self.normalize, self.sampling_rate = False, getattr(config, "sampling_rate", 16000)
-            logger.info("%s has no preprocessor_config.json: waveforms go in as they are", name)
+            logger.info("%s has no preprocessor_config.json: waveforms go in as they are", source_name(name))
         self.samples_per_unit = config.inputs_to_logits_ratio
         digest = hashlib.sha256()
         for weight in self.model.state_dict().values():

@@ -14,10 +14,10 @@ from datasets import concatenate_datasets
 from hf_speechcl import SpeechCLConfig, SpeechCLModel, load_corpus
 from hf_speechcl.command_line import option, parse_arguments
 from hf_speechcl.data.audio import AudioError, read_audio
+from hf_speechcl.data.folders import source_name
 from hf_speechcl.evaluation.episodes import EpisodeSampler, score_episodes
 from hf_speechcl.evaluation.few_shot import PrototypicalClassifier
 from hf_speechcl.evaluation.nearest_prototype import NearestPrototype
-from hf_speechcl.hub import source_name
 from hf_speechcl.objectives.utterance import pool_statistics
 
 logger = logging.getLogger(__name__)

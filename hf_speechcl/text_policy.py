@@ -1,0 +1,196 @@
+"""What is done to the texts that a recogniser is trained on: casing, punctuation, digits; and a report of it."""
+
+import json
+import re
+import unicodedata
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+
+CHOICES = {
+    "casing": ("lower", "upper", "keep"),
+    "punctuation": ("remove", "keep"),
+    "digits": ("keep", "words", "leave_out"),
+}
+RULES = ("white space", "unicode", "digits", "casing", "punctuation")
+MAX_EXAMPLES = 5
+# Languages that write a decimal point and commas between thousands; the others do the reverse.
+DECIMAL_POINT = ("en", "he", "hi", "ja", "ko", "th", "zh")
+
+
+def remove_punctuation(text: str) -> str:
+    """Letters, marks, digits and apostrophes within words are kept, everything else becomes a space."""
+    text = text.replace("’", "'")
+    text = "".join(char if char == "'" or unicodedata.category(char)[0] in "LMN" else " " for char in text)
+    return " ".join(re.sub(r"(?<!\w)'|'(?!\w)", " ", text).split())
+
+
+def spell_numbers(text: str, language: str = "en") -> str:
+    """Numbers as words: "call 4 of 1,200" → "call four of one thousand, two hundred".
+
+    Decimals and English ordinals (4th) are read as such, a number with a leading zero digit by digit, everything else,
+    a year too, as a cardinal number.
+
+    Args:
+        language: a code that num2words knows, such as en, de, fr, es, ru.
+
+    Raises:
+        ValueError: num2words does not know the language.
+        ModuleNotFoundError: num2words is not installed.
+    """
+    say = _number_speaker(language)
+    thousands, decimal = (",", ".") if language.startswith(DECIMAL_POINT) else (".", ",")
+    number = rf"(?P<whole>\d{{1,3}}(?:[{thousands}]\d{{3}})+(?!\d)|\d+)(?:[{decimal}](?P<fraction>\d+))?"
+    if language.startswith("en"):
+        number += r"(?P<ordinal>(?:st|nd|rd|th)\b)?"
+
+    def in_words(match: re.Match) -> str:
+        whole, fraction = match["whole"].replace(thousands, ""), match["fraction"]
+        try:
+            if len(whole) > 1 and int(whole[0]) == 0:
+                words = " ".join(say(int(digit)) for digit in whole + (fraction or ""))
+            elif fraction is not None:
+                words = say(Decimal(f"{whole}.{fraction}"))
+            else:
+                words = say(int(whole), to="ordinal" if match.groupdict().get("ordinal") else "cardinal")
+        except (NotImplementedError, OverflowError):  # more than the language has words for
+            words = " ".join(say(int(digit)) for digit in whole + (fraction or ""))
+        before, after = text[: match.start()][-1:], text[match.end() :][:1]
+        return " " * before.isalnum() + words + " " * after.isalnum()
+
+    return re.sub(number, in_words, text)
+
+
+@cache
+def _number_speaker(language: str):
+    try:
+        import num2words
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "digits=words needs the package num2words, which is not installed: pip install hf_speechcl[text], or "
+            "choose keep or leave_out"
+        ) from error
+    if language not in num2words.CONVERTER_CLASSES:
+        raise ValueError(
+            f"text_language: num2words does not know {language!r}, it knows "
+            f"{', '.join(sorted(num2words.CONVERTER_CLASSES))}"
+        )
+    return lambda number, to="cardinal": num2words.num2words(number, lang=language, to=to)
+
+
+@dataclass(frozen=True)
+class TextPolicy:
+    """What is done to a transcript before it is trained on.
+
+    With the defaults it is what `normalize_text(text, "basic")` does, with casing and punctuation "keep" what "none"
+    does. White space is always collapsed.
+
+    Args:
+        casing: lower, upper or keep.
+        punctuation: "remove" keeps letters, marks, digits and apostrophes within words, after Unicode NFKC; "keep"
+            keeps everything.
+        digits: keep; words (see `spell_numbers`); or leave_out, the whole text if it has digits.
+        language: of the words for numbers.
+
+    Raises:
+        ValueError: an unknown choice or language.
+    """
+
+    casing: str = "lower"
+    punctuation: str = "remove"
+    digits: str = "keep"
+    language: str = "en"
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {', '.join(choices)}, found {getattr(self, name)!r}")
+        if self.digits == "words":
+            _number_speaker(self.language)
+
+    def steps(self, text: str) -> list[tuple[str, str]]:
+        """The text after every rule that may change it, `(rule, text)` in order."""
+        steps = []
+
+        def then(rule: str, changed: str) -> None:
+            nonlocal text
+            text = changed
+            steps.append((rule, text))
+
+        then("white space", " ".join(text.split()))
+        if self.punctuation == "remove":
+            then("unicode", unicodedata.normalize("NFKC", text))
+        if self.digits == "words":
+            then("digits", spell_numbers(text, self.language))
+        if self.casing != "keep":
+            then("casing", text.lower() if self.casing == "lower" else text.upper())
+        if self.punctuation == "remove":
+            then("punctuation", remove_punctuation(text))
+        return steps
+
+    def __call__(self, text: str) -> str:
+        return self.steps(text)[-1][1]
+
+    def leaves_out(self, text: str) -> bool:
+        """Whether a text is not to be trained on, for its digits."""
+        return self.digits == "leave_out" and any(unicodedata.category(char)[0] == "N" for char in text)
+
+    def __str__(self) -> str:
+        digits = f"words ({self.language})" if self.digits == "words" else self.digits
+        return f"casing {self.casing}, punctuation {self.punctuation}, digits {digits}"
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass
+class TextReport:
+    """What a policy changed.
+
+    Attributes:
+        policy: the policy's fields.
+        num_texts: that there were.
+        counts: `{rule: number of texts it changed}`.
+        examples: `{rule: [{"before", "after"}, …]}`, the first few of each rule, around that rule alone.
+    """
+
+    policy: dict[str, str]
+    num_texts: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.counts:
+            return f"texts: all {self.num_texts} stay as they are"
+        lines = [f"texts, {TextPolicy(**self.policy)}:"]
+        for rule, count in self.counts.items():
+            shortest = sorted(self.examples[rule], key=lambda example: len(example["before"]))[:2]
+            examples = "; ".join(f"{each['before']!r} → {each['after']!r}" for each in shortest)
+            lines.append(f"  {rule}: {count} of {self.num_texts} texts, such as {examples}")
+        return "\n".join(lines)
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps(vars(self), indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def apply_policy(policy: TextPolicy, texts: list[str | None]) -> tuple[list[str | None], TextReport]:
+    """Texts as they are trained on, None where there is none, and a report of what was changed."""
+    report = TextReport(policy.to_dict())
+    changed = []
+    for text in texts:
+        if text is None:
+            changed.append(None)
+            continue
+        report.num_texts += 1
+        before = text
+        for rule, after in policy.steps(text):
+            if after != before:
+                report.counts[rule] = report.counts.get(rule, 0) + 1
+                examples = report.examples.setdefault(rule, [])
+                if len(examples) < MAX_EXAMPLES:
+                    examples.append({"before": before, "after": after})
+            before = after
+        changed.append(before)
+    report.counts = {rule: report.counts[rule] for rule in RULES if rule in report.counts}
+    return changed, report

@@ -1,0 +1,291 @@
+"""Fine-tune an encoder with a classification head: speaker, language, keyword."""
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from accelerate.utils import gather_object
+from huggingface_hub import EvalResult
+from torch import nn
+from transformers import Wav2Vec2FeatureExtractor, set_seed
+
+from ..cards import (
+    CURVES,
+    USE_CLASSIFIER,
+    data_row,
+    describe_limits,
+    describe_model,
+    describe_run,
+    metrics_table,
+    plot_curves,
+    write_card,
+)
+from ..citations import methods_of
+from ..command_line import option, parse_arguments
+from ..configuration_speechcl import SpeechCLConfig
+from ..data import ClassificationCollator, SpeechDataset
+from ..data.corpora import load_train_and_validation
+from ..data.folders import source_name
+from ..evaluation.classification import classification_rates
+from ..modeling_speechcl import SpeechCLForSequenceClassification
+from ..objectives import ObjectiveOutput
+from .arguments import ClipArguments, CorpusArguments, set_up_logging
+from .finetuning import (
+    FineTuningArguments,
+    FineTuningModelArguments,
+    FineTuningTrainer,
+    MaskArguments,
+    build_model,
+    choose_trained,
+    load_config,
+)
+from .trainer import find_checkpoint, keep_options, prepare_to_push
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Fine-tune a pre-trained SpeechCL encoder to name the class of a clip: speaker, language, keyword.
+
+  A folder with metadata.csv (columns file_name and keyword):
+    python scripts/finetune_classifier.py --model runs/mine --corpus my_keywords --label_column keyword
+  Speakers of a corpus whose validation split has others: hold out clips of the training split instead:
+    python scripts/finetune_classifier.py --model runs/mine --corpus my_audio --label_column speaker \\
+      --validation_split none --validation_fraction 0.1
+  The encoder as it is, with a head on a weighted mean of its layers:
+    python scripts/finetune_classifier.py --model runs/mine --corpus my_keywords --label_column keyword \\
+      --freeze_encoder_steps -1 --weighted_layer_sum True
+
+The output folder loads by pipeline("audio-classification", model=FOLDER)."""
+
+
+@dataclass
+class ClassifierDataArguments(MaskArguments, ClipArguments, CorpusArguments):
+    label_column: str = option("label", "Column with the class of every clip.")
+
+    def __post_init__(self):
+        MaskArguments.__post_init__(self)
+        ClipArguments.__post_init__(self)
+
+
+@dataclass
+class ClassifierTrainingArguments(FineTuningArguments):
+    output_dir: str = option("runs/classifier", "Folder for checkpoints, the model and its card.")
+    metric_for_best_model: str | None = option("accuracy", "Validation metric that the best checkpoint is chosen by.")
+
+
+class ClassificationTrainer(FineTuningTrainer):
+    """Trains a `SpeechCLForSequenceClassification`; its one objective, "classification", counts clips.
+
+    Args:
+        references: class of every clip of the validation set.
+        kwargs: as for `SpeechTrainer`.
+    """
+
+    def __init__(self, *, references: list[int], **kwargs):
+        super().__init__(**kwargs)
+        self.references = references
+        self.predictions: list[tuple[int, int]] = []
+
+    def objective_outputs(self, model, inputs):
+        index, labels = inputs.pop("index"), inputs.pop("labels")
+        logits = model(**inputs).logits
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        if not model.training:
+            self.predictions += zip(index.tolist(), logits.argmax(-1).tolist())
+        hits = ((logits.argmax(-1) == labels) & (labels >= 0)).sum()
+        return {"classification": ObjectiveOutput(loss, (labels >= 0).sum(), {"hits": hits})}
+
+    def count_items(self, inputs):
+        return {"classification": (inputs["labels"] >= 0).sum()}
+
+    def objective_weights(self):
+        return {"classification": 1.0}
+
+    def summarize_metrics(self, name, output, num_items):
+        return {"accuracy": output.metrics["hits"].item() / max(num_items, 1)}
+
+    def evaluate(self, *args, **kwargs):
+        self.predictions = []
+        return super().evaluate(*args, **kwargs)
+
+    def summarize(self, sums):
+        scalars = super().summarize(sums)
+        if not self.model.training:
+            found = dict(gather_object(self.predictions))
+            self.predictions = []
+            # A clip that could not be decoded counts as an error.
+            predictions = [found.get(index, -1) for index in range(len(self.references))]
+            scalars |= classification_rates(predictions, self.references)
+        return scalars
+
+
+def class_names(config: SpeechCLConfig, labels: list[str | None], field: str) -> list[str]:
+    """The classes to tell apart: those of a classifier that is fine-tuned further, or those of the training clips.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    if SpeechCLForSequenceClassification.__name__ in (config.architectures or []):
+        return [config.id2label[number] for number in range(config.num_labels)]
+    names = sorted({label for label in labels if label})
+    if len(names) < 2:
+        raise ValueError(f"label_column={field!r}: expected two classes at least, found {', '.join(names) or 'none'}")
+    return names
+
+
+def keep_known(corpus: datasets.Dataset, names: list[str], split: str) -> datasets.Dataset:
+    """The rows whose label is among `names`; the others are logged.
+
+    Raises:
+        ValueError: none is left; says what to do.
+    """
+    labels = corpus["label"]
+    known = set(names)
+    unknown = Counter(label or "(none)" for label in labels if label not in known)
+    if unknown:
+        listed = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(10))
+        logger.warning(
+            "%s: %d of %d clips have no label to learn and are left out: %s",
+            split,
+            sum(unknown.values()),
+            len(labels),
+            listed,
+        )
+    if sum(unknown.values()) == len(labels):
+        raise ValueError(
+            f"no clip of {split} has a label among the {len(names)} to tell apart: if its classes are others by "
+            "design, hold out training clips with --validation_split none"
+        )
+    return corpus.select([row for row, label in enumerate(labels) if label in known])
+
+
+def write_classifier_card(
+    folder: Path,
+    trainer: ClassificationTrainer,
+    model_args: FineTuningModelArguments,
+    data_args: ClassifierDataArguments,
+    metrics: dict[str, float],
+    runtime_seconds: float,
+) -> None:
+    """Write the model card of a classifier beside it."""
+    args, config = trainer.args, trainer.model.config
+    origin = "from scratch" if model_args.is_from_scratch else f"from `{source_name(model_args.model)}`"
+    corpus_name = ", ".join(map(source_name, data_args.corpus))
+    names = [config.id2label[number] for number in range(config.num_labels)]
+    listed = ", ".join(f"`{name}`" for name in names[:30]) + (" …" if len(names) > 30 else "")
+    write_card(
+        folder,
+        config=config,
+        title=f"SpeechCL classifier ({data_args.label_column})",
+        summary=f"A classifier of speech clips trained {origin} by hf_speechcl. It tells {len(names)} classes apart: "
+        f"{listed}.",
+        usage=USE_CLASSIFIER,
+        tags=["audio-classification"],
+        pipeline_tag="audio-classification",
+        sources=data_args.corpus,
+        methods=methods_of(config.objectives),
+        args=args,
+        base_model=None if model_args.is_from_scratch else model_args.model,
+        eval_results=[
+            EvalResult(
+                task_type="audio-classification",
+                dataset_type=corpus_name,
+                dataset_name=corpus_name,
+                dataset_split="validation",
+                metric_type=metric,
+                metric_value=round(100 * metrics[f"eval_{name}"], 2),
+                metric_args={
+                    "clips": len(trainer.eval_dataset),
+                    "hours": round(trainer.eval_dataset.hours, 3),
+                    "interval_95": [round(100 * metrics[f"eval_{name}_{end}"], 2) for end in ("low", "high")],
+                },
+            )
+            for name, metric in (("accuracy", "accuracy"), ("macro_f1", "f1"))
+        ],
+        data=[
+            data_row(data_args.corpus, split, data.corpus)
+            for split, data in [("train", trainer.train_dataset), ("validation", trainer.eval_dataset)]
+        ],
+        model=describe_model(config, trainer.model.num_parameters()),
+        training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}; time masks "
+        f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. "
+        + describe_run(
+            args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step, trainer.audio_hours
+        ),
+        results="On the validation clips, with bootstrap 95% intervals (`_low`, `_high`); `majority` is the accuracy "
+        f"of always naming the most frequent class, chance is {1 / len(names):.3g}.\n\n" + metrics_table(metrics),
+        limits=describe_limits(trainer.train_dataset.hours) + " It names one of its classes for any sound.",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_arguments(
+        [FineTuningModelArguments, ClassifierDataArguments, ClassifierTrainingArguments], DESCRIPTION, argv
+    )
+    set_up_logging(args)
+    prepare_to_push(args)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    config = load_config(model_args)
+    masks = data_args.masks(config)
+    keep_options(args, checkpoint, model_args, data_args)
+
+    with args.main_process_first(desc="loading the corpus"):
+        corpora = load_train_and_validation(
+            data_args.corpus,
+            data_args.validation_fraction,
+            data_args.train_split,
+            data_args.validation_split,
+            audio_column=data_args.audio_column,
+            label_column=data_args.label_column,
+        )
+    names = class_names(config, corpora[0]["label"], data_args.label_column)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    corpora = [keep_known(corpus, names, split) for corpus, split in zip(corpora, ("train", "validation"))]
+    clips = [
+        SpeechDataset(corpus, config.sampling_rate, args.seed, data_args.max_seconds, data_args.min_seconds)
+        for corpus in corpora
+    ]
+    labels = [
+        np.array([config.label2id[label] for label in corpus["label"]])[dataset.rows].tolist()
+        for corpus, dataset in zip(corpora, clips)
+    ]
+    for split, dataset in zip(("train", "validation"), clips):
+        logger.info("%s: %d clips, %.2f hours, %d classes", split, len(dataset), dataset.hours, len(names))
+
+    set_seed(args.seed)
+    model = build_model(SpeechCLForSequenceClassification, model_args, config)
+    tuner = choose_trained(model, model_args, args, data_args.mask_time_prob > 0)
+    frame_length = model._get_feat_extract_output_lengths
+    trainer = ClassificationTrainer(
+        model=model,
+        args=args,
+        train_dataset=clips[0],
+        eval_dataset=clips[1],
+        references=labels[1],
+        data_collator=ClassificationCollator(frame_length, labels[0], **masks),
+        eval_collator=ClassificationCollator(frame_length, labels[1]),
+        max_seconds_per_batch=data_args.max_seconds_per_batch,
+        processing_class=Wav2Vec2FeatureExtractor(
+            sampling_rate=config.sampling_rate, do_normalize=False, return_attention_mask=True
+        ),
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if tuner is not None:
+        tuner.merge_and_unload(safe_merge=True)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+
+    folder = Path(args.output_dir)
+    plot_curves({"": trainer.state.log_history}, folder / CURVES)
+    (folder / "results.json").write_text(json.dumps(metrics, indent=2))
+    write_classifier_card(folder, trainer, model_args, data_args, metrics, result.metrics["train_runtime"])
+    logger.info("model, card and curves are in %s", source_name(args.output_dir))
+    if args.push_to_hub:
+        logger.info("published: %s", trainer.push_to_hub())

@@ -1,0 +1,260 @@
+"""What fine-tuning has in common, whatever the head: options, the model, and its trainer."""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from ..command_line import option
+from ..configuration_speechcl import SIZES, SpeechCLConfig
+from ..hub import find_model
+from ..modeling_speechcl import SpeechCLHeadModel
+from .arguments import SpeechTrainingArguments, parse_config_options
+from .lora import add_lora, check_targets, import_peft
+from .trainer import SpeechTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FineTuningModelArguments:
+    _argument_group_name = "model"
+
+    model: str = option(
+        "tiny",
+        "A pre-trained folder, or user/name or user/name@revision on the Hub; or a size (tiny, small, base, large), "
+        "from scratch.",
+    )
+    model_options: list[str] = option([], "Fields of SpeechCLConfig to change, e.g. hidden_dropout=0.1.")
+    from_scratch: bool = option(False, "Take the architecture of the model only, with new weights, for comparison.")
+    weighted_layer_sum: bool = option(False, "The head sees a learned weighted mean of all layers, not just the last.")
+    lora_rank: int = option(0, "Train adapters of this rank in place of the encoder's weights (LoRA); 0 for none.")
+    lora_alpha: float | None = option(None, "What adapters add is scaled by lora_alpha / lora_rank; twice the rank.")
+    lora_targets: list[str] = option(
+        ["q_proj", "v_proj"], "Layers with adapters, of q_proj, k_proj, v_proj, o_proj, up_proj, down_proj."
+    )
+
+    def __post_init__(self):
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must not be negative, found {self.lora_rank}")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be positive, found {self.lora_alpha}")
+        check_targets(self.lora_targets)
+        if self.lora_rank:
+            import_peft()
+            if self.is_from_scratch:
+                raise ValueError("lora_rank adapts a pre-trained encoder: leave it out, or name one with model")
+
+    @property
+    def folder(self) -> str:
+        """Where the model is, downloaded if it is on the Hub."""
+        return find_model(self.model)
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return self.from_scratch or self.model in SIZES
+
+
+@dataclass
+class MaskArguments:
+    mask_time_prob: float = option(0.3, "Length of all masked time spans together, as a share of the clip; 0 for none.")
+    mask_time_span: float = option(0.2, "Length of a masked time span in seconds.")
+    num_feature_masks: int = option(2, "Bands of mel bins that are masked in a clip; 0 for none.")
+    mask_feature_span: int = option(20, "Greatest width of a masked band, in mel bins.")
+
+    def __post_init__(self):
+        if self.mask_time_span <= 0:
+            raise ValueError(f"mask_time_span must be positive, found {self.mask_time_span}")
+        for name in ("mask_time_prob", "num_feature_masks", "mask_feature_span"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+
+    def masks(self, config: SpeechCLConfig) -> dict[str, float]:
+        """Options of a collator of training batches.
+
+        Raises:
+            ValueError: a band wider than all mel bins.
+        """
+        if self.mask_feature_span > config.num_mel_bins:
+            raise ValueError(f"mask_feature_span ({self.mask_feature_span}) exceeds the {config.num_mel_bins} mel bins")
+        return {
+            "mask_time_prob": self.mask_time_prob,
+            "mask_time_span": max(1, round(self.mask_time_span * config.sampling_rate / config.inputs_to_logits_ratio)),
+            "num_mel_bins": config.num_mel_bins,
+            "num_feature_masks": self.num_feature_masks,
+            "mask_feature_span": self.mask_feature_span,
+        }
+
+
+@dataclass
+class FineTuningArguments(SpeechTrainingArguments):
+    learning_rate: float = option(5e-4, "Highest learning rate of the encoder.")
+    head_learning_rate: float = option(2e-3, "Highest learning rate of the head.")
+    layer_decay: float = option(
+        1.0, "Each layer's learning rate as a share of that of the layer above; the front end's is lowest."
+    )
+    freeze_encoder_steps: float = option(
+        0, "Updates in which only the head is trained, or their share of the run if below 1; -1 for all."
+    )
+    load_best_model_at_end: bool | None = option(
+        None, "Take the best checkpoint instead of the last; by default if every checkpoint is of a validation."
+    )
+
+    def __post_init__(self):
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, found {self.layer_decay}")
+        if self.freeze_encoder_steps < 0 and self.freeze_encoder_steps != -1:
+            raise ValueError(f"freeze_encoder_steps must not be negative but for -1, found {self.freeze_encoder_steps}")
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self._validates_what_it_saves()
+        super().__post_init__()
+
+    def _validates_what_it_saves(self) -> bool:
+        evaluates, saves = IntervalStrategy(self.eval_strategy), SaveStrategy(self.save_strategy)
+        if IntervalStrategy.NO == evaluates or SaveStrategy.NO == saves:
+            return False
+        if evaluates == IntervalStrategy.STEPS and saves == SaveStrategy.STEPS:
+            every = self.eval_steps or self.logging_steps
+            return self.save_steps == every or (every >= 1 and self.save_steps >= 1 and self.save_steps % every == 0)
+        return saves == SaveStrategy.BEST or evaluates.value == saves.value
+
+
+def frozen_steps(freeze_encoder_steps: float, num_training_steps: int) -> int:
+    """Updates in which only the head is trained; below 1 the option is a share of the run, -1 is all of it."""
+    if freeze_encoder_steps == -1:
+        return num_training_steps
+    share = freeze_encoder_steps < 1
+    return round(freeze_encoder_steps * num_training_steps) if share else int(freeze_encoder_steps)
+
+
+def load_config(model_args: FineTuningModelArguments) -> SpeechCLConfig:
+    """Configuration of the model that the options name; checked before any audio is read."""
+    options = parse_config_options(model_args.model_options, "model_options")
+    if model_args.weighted_layer_sum:
+        options["use_weighted_layer_sum"] = True
+    if model_args.model in SIZES:
+        return SpeechCLConfig.from_size(model_args.model, **options)
+    if not Path(model_args.model).is_dir() and "/" not in model_args.model:
+        raise ValueError(f"model {model_args.model!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
+    config = AutoConfig.from_pretrained(model_args.folder, **options)
+    if not isinstance(config, SpeechCLConfig):
+        raise ValueError(
+            f"{model_args.model} is a {config.model_type} model: expected one that hf_speechcl pre-trained"
+        )
+    return config
+
+
+def build_model(
+    model_class: type[SpeechCLHeadModel], model_args: FineTuningModelArguments, config: SpeechCLConfig
+) -> SpeechCLHeadModel:
+    """A model with a head, with new weights or with those of a pre-trained encoder."""
+    if model_args.is_from_scratch:
+        config.objectives = None
+        return model_class(config)
+    return model_class.from_pretrained(model_args.folder, config=config)
+
+
+def choose_trained(
+    model: SpeechCLHeadModel,
+    model_args: FineTuningModelArguments,
+    args: FineTuningArguments,
+    masks_frames: bool,
+):
+    """Freeze what is not to be trained and add adapters, as the options say; log how much is left.
+
+    Returns:
+        peft's `LoraModel` with `lora_rank`, None without.
+    """
+    whole = args.freeze_encoder_steps == -1
+    if whole and model_args.lora_rank:
+        raise ValueError("freeze_encoder_steps=-1 leaves nothing for lora_rank to adapt: give one of them only")
+    tuner = None
+    if model_args.lora_rank:
+        alpha = model_args.lora_alpha or 2 * model_args.lora_rank
+        tuner = add_lora(model, model_args.lora_rank, alpha, model_args.lora_targets)
+    if whole:
+        model.speechcl.requires_grad_(False)
+    if not masks_frames:
+        model.speechcl.masked_spec_embed.requires_grad_(False)
+    trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    logger.info("%d of %d parameters are trained (%.1f%%)", trained, total, 100 * trained / total)
+    return tuner
+
+
+class ValidateLast(TrainerCallback):
+    """Validates after the last update, so that the last checkpoint may be the best."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate |= state.global_step >= state.max_steps
+
+
+class FineTuningTrainer(SpeechTrainer):
+    """Trains an encoder with a head: learning rates by depth, a frozen beginning, the best checkpoint at the end."""
+
+    args: FineTuningArguments
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_callback(ValidateLast())
+
+    def learning_rate_of(self, name: str) -> float:
+        """Highest learning rate of a parameter, by its name: learning_rate in the encoder's last layer, layer_decay of
+        it in the layer before, and so on down to the front end (Clark et al. 2020, arXiv 2003.10555)."""
+        if not name.startswith("speechcl."):
+            return self.args.head_learning_rate
+        num_layers = self.model.config.num_hidden_layers
+        layer = re.match(r"speechcl\.layers\.(\d+)\.", name)
+        depth = int(layer[1]) + 1 if layer else num_layers if name.startswith("speechcl.norm.") else 0
+        return self.args.learning_rate * self.args.layer_decay ** (num_layers - depth)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups: dict[tuple[bool, float, bool], list] = {}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    key = (name.startswith("speechcl."), self.learning_rate_of(name), name in decayed)
+                    groups.setdefault(key, []).append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": groups[in_encoder, learning_rate, is_decayed],
+                        "lr": learning_rate,
+                        "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                        "in_encoder": in_encoder,
+                    }
+                    # The first is the one whose learning rate is logged: the encoder's highest.
+                    for in_encoder, learning_rate, is_decayed in sorted(groups, reverse=True)
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step < frozen_steps(self.args.freeze_encoder_steps, self.state.max_steps):
+            # Dropped after the backward pass, as DistributedDataParallel needs every parameter to take part in it.
+            for parameter in self.model.speechcl.parameters():
+                parameter.grad = None
+        return loss
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        if self.args.load_best_model_at_end:
+            if self.state.best_model_checkpoint is None:
+                logger.warning("the best checkpoint is gone: the weights are those of the last update")
+            else:
+                # A name, as the state is published and no path is to be.
+                self.state.best_model_checkpoint = Path(self.state.best_model_checkpoint).name
+                logger.info(
+                    "the weights are those of %s, the best by validation %s (%.4g)",
+                    self.state.best_model_checkpoint,
+                    self.args.metric_for_best_model,
+                    self.state.best_metric,
+                )
+        return result

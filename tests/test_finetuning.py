@@ -1,0 +1,398 @@
+"""Fine-tuning: which parameters learn how fast, adapters, the best checkpoint, blank collapse, classifiers."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCTC, AutoProcessor, pipeline
+
+from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForSequenceClassification, SpeechDataset
+from hf_speechcl.ctc import build_processor
+from hf_speechcl.data import ClassificationCollator, CTCCollator
+from hf_speechcl.evaluation.classification import classification_rates
+from hf_speechcl.training import ctc_trainer
+from hf_speechcl.training.ctc_trainer import BlankGuard, CTCTrainer, CTCTrainingArguments
+from hf_speechcl.training.finetune_classifier import ClassificationTrainer, ClassifierTrainingArguments
+from hf_speechcl.training.finetune_classifier import main as finetune_classifier
+from hf_speechcl.training.finetune_ctc import main as finetune_ctc
+from hf_speechcl.training.finetuning import FineTuningModelArguments, choose_trained
+from hf_speechcl.training.guard import CollapseError
+from tests.conftest import FAST_RUN, TINY, TINY_OPTIONS, as_items
+
+SHORT_RUN = [*FAST_RUN[:-6], "--logging_steps", "1", "--report_to", "none"]
+TEXTS = ["on", "no", "on no", "oo nn"]
+
+
+def make_trainer(corpus, output_dir, model_options=(), config_options=(), **arguments):
+    """A CTC trainer on twelve clips, whose made-up texts can be learnt by heart."""
+    dataset = SpeechDataset(corpus.select(range(12)), 16000)
+    processor = build_processor(TEXTS, 16000)
+    texts = [TEXTS[row % len(TEXTS)] for row in range(len(dataset))]
+    labels = processor.tokenizer(texts).input_ids
+    model = SpeechCLForCTC(SpeechCLConfig(**TINY, vocab_size=len(processor.tokenizer), **dict(config_options)))
+    args = CTCTrainingArguments(
+        output_dir=str(output_dir), use_cpu=True, report_to="none", disable_tqdm=True, **arguments
+    )
+    model_args = FineTuningModelArguments(model="some/encoder", **dict(model_options))
+    tuner = choose_trained(model, model_args, args, masks_frames=False)
+    frame_length = model._get_feat_extract_output_lengths
+    trainer = CTCTrainer(
+        model=model,
+        args=args,
+        references=texts,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=CTCCollator(frame_length, labels),
+        max_seconds_per_batch=20,
+        processing_class=processor,
+    )
+    trainer.tuner = tuner
+    return trainer
+
+
+def changed_by_training(trainer) -> set[str]:
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    return {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def test_learning_rates_fall_by_the_layer_and_the_head_keeps_its_own(corpus, tmp_path):
+    trainer = make_trainer(corpus, tmp_path, learning_rate=0.8, head_learning_rate=5.0, layer_decay=0.5)
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {rate for name, rate in rates.items() if not name.startswith("speechcl.")} == {5.0}
+    expected = {"norm.": 0.8, "layers.1.": 0.8, "layers.0.": 0.4, "feature_": 0.2, "subsampling.": 0.2}
+    for part, rate in expected.items():
+        assert {found for name, found in rates.items() if name.startswith(f"speechcl.{part}")} == {rate}
+    assert set(rates) == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.8  # the one in the log
+    without = {group["lr"] for group in make_trainer(corpus, tmp_path).create_optimizer().param_groups}
+    assert without == {5e-4, 2e-3}
+
+
+def test_frozen_encoder_with_a_weighted_sum_trains_the_head_and_the_weights_only(corpus, tmp_path):
+    trainer = make_trainer(
+        corpus, tmp_path, config_options={"use_weighted_layer_sum": True}, freeze_encoder_steps=-1, max_steps=2,
+        eval_strategy="no", save_strategy="no", warmup_steps=0,
+    )  # fmt: skip
+    assert changed_by_training(trainer) == {"layer_weights", "lm_head.weight", "lm_head.bias"}
+
+
+@pytest.mark.parametrize("model_class", [SpeechCLForCTC, SpeechCLForSequenceClassification])
+def test_weighted_sum_begins_as_the_mean_of_all_layers_and_loads_as_saved(model_class, clips, tmp_path):
+    model = model_class(SpeechCLConfig(**TINY, use_weighted_layer_sum=True)).eval()
+    values = torch.from_numpy(clips[0])[None]
+    states = model.speechcl(values, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    torch.testing.assert_close(model.encode(values, None)[0], torch.stack(states).mean(0))
+    model.layer_weights.data = torch.tensor([0.0, 0.0, 100.0])
+    torch.testing.assert_close(model.encode(values, None)[0], states[-1])
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(model_class.from_pretrained(tmp_path)(values).logits, model(values).logits)
+
+
+def test_new_layer_weights_on_a_pretrained_encoder_are_equal(config, tmp_path):
+    SpeechCLForCTC(config).save_pretrained(tmp_path)
+    model = SpeechCLForSequenceClassification.from_pretrained(tmp_path, use_weighted_layer_sum=True)
+    assert model.layer_weights.tolist() == [0, 0, 0]
+
+
+def test_adapters_and_head_are_all_that_lora_trains_and_the_merged_model_is_an_ordinary_one(corpus, clips, tmp_path):
+    plain = make_trainer(corpus, tmp_path).model.state_dict()
+    torch.manual_seed(0)
+    trainer = make_trainer(
+        corpus, tmp_path, {"lora_rank": 2, "lora_targets": ["v_proj"]}, max_steps=3, eval_strategy="no",
+        save_strategy="no", warmup_steps=0, learning_rate=1e-2,
+    )  # fmt: skip
+    changed = changed_by_training(trainer)
+    adapters = {f"speechcl.layers.{n}.attention.v_proj.lora_{m}.default.weight" for n in (0, 1) for m in "AB"}
+    assert changed == adapters | {"lm_head.weight", "lm_head.bias"}
+    values = torch.from_numpy(clips[0])[None]
+    trainer.model.eval()
+    with torch.no_grad():
+        adapted = trainer.model(values).logits
+        trainer.tuner.merge_and_unload()
+        torch.testing.assert_close(trainer.model(values).logits, adapted)
+    trainer.save_model()
+    merged = load_file(tmp_path / "model.safetensors")
+    assert set(merged) == set(plain)
+    moved = {name for name in merged if name.startswith("speechcl.") and not torch.equal(merged[name], plain[name])}
+    assert moved == {f"speechcl.layers.{n}.attention.v_proj.weight" for n in (0, 1)}
+    torch.testing.assert_close(AutoModelForCTC.from_pretrained(tmp_path)(values).logits, adapted)
+
+
+def test_lora_resumes_exactly_and_its_folder_transcribes(audio_folder, clips, tmp_path):
+    """Also with pieces, from a recogniser, and with the best checkpoint chosen."""
+    (audio_folder / "metadata.csv").write_text(
+        "\n".join(["file_name,text", *(f"clip{n}.wav,{text}" for n, text in enumerate(["Un 1", "uno", "no nu", "no"]))])
+    )
+    base, whole, again = tmp_path / "base", tmp_path / "whole", tmp_path / "again"
+    common = ["--corpus", str(audio_folder), *SHORT_RUN, "--eval_steps", "2", "--save_steps", "2"]
+    finetune_ctc(
+        [*common, "--output_dir", str(base), "--max_steps", "2", "--model", "tiny", "--model_options", *TINY_OPTIONS]
+        + ["--vocabulary", "bpe", "--vocab_size", "10", "--casing", "upper", "--digits", "leave_out"]
+        + ["--validation_fraction", "0.1", "--head_learning_rate", "0.1", "--warmup_steps", "0"]
+    )
+    assert not (base / "vocab.json").exists()
+    assert "digits" in [
+        problem["reason"]
+        for split in ("train", "validation")
+        for problem in json.loads((base / f"preflight_{split}.json").read_text())["problems"]
+    ]
+    lora = [*common, "--model", str(base), "--lora_rank", "2", "--max_steps", "4"]
+    finetune_ctc([*lora, "--output_dir", str(whole)])
+    shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
+    finetune_ctc([*lora, "--output_dir", str(again), "--resume_from_checkpoint", "last"])
+    first, second = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (whole, again))
+    assert any("lora_A" in name for name in first)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+    assert (whole / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
+    config = AutoModelForCTC.from_pretrained(whole).config
+    assert config.text_policy == {"casing": "upper", "punctuation": "remove", "digits": "leave_out", "language": "en"}
+    state = json.loads((whole / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] in ("checkpoint-2", "checkpoint-4")
+    model, processor = AutoModelForCTC.from_pretrained(whole).eval(), AutoProcessor.from_pretrained(whole)
+    recognizer = pipeline("automatic-speech-recognition", model=str(whole))
+    model.lm_head.bias.data[0] = recognizer.model.lm_head.bias.data[0] = -100  # no blanks: some text, of two updates
+    texts = []
+    for clip in clips:
+        tokens = model(**processor(clip, sampling_rate=16000, return_tensors="pt")).logits.argmax(-1)
+        texts += processor.batch_decode(tokens)
+    assert [recognizer(clip)["text"] for clip in clips] == texts
+    assert any(texts)
+    assert {char for text in texts for char in text} <= set("UNO ")
+    with pytest.raises(ValueError, match="is a recogniser with a vocabulary: leave it out"):
+        finetune_ctc([*common, "--model", str(base), "--vocabulary", "bpe", "--output_dir", str(tmp_path / "other")])
+
+
+def fake_rates(monkeypatch, rates):
+    """Word error rates of the validations to come."""
+    rates = iter(rates)
+    summarize = CTCTrainer.summarize
+
+    def with_rate(self, sums):
+        scalars = summarize(self, sums)
+        return scalars if self.model.training else scalars | {"wer": next(rates)}
+
+    monkeypatch.setattr(CTCTrainer, "summarize", with_rate)
+
+
+def test_best_checkpoint_by_wer_is_what_is_left_also_after_a_resume(corpus, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "hf_speechcl")
+    options = {"max_steps": 5, "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "warmup_steps": 0}
+    fake_rates(monkeypatch, [0.9, 0.3, 0.5, 0.1])
+    trainer = make_trainer(corpus, tmp_path, **options)
+    trainer.train()
+    best = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    torch.testing.assert_close(trainer.model.state_dict(), best, rtol=0, atol=0)
+    assert "the weights are those of checkpoint-4, the best by validation wer (0.3)" in caplog.text
+    trainer.save_state()
+    assert str(tmp_path) not in (tmp_path / "trainer_state.json").read_text()
+
+    # The last update is validated, although 5 is no multiple of 2.
+    resumed = make_trainer(corpus, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert (resumed.state.best_model_checkpoint, resumed.state.best_metric) == ("checkpoint-5", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"save_strategy": "no"}, False),
+        ({"eval_strategy": "no"}, False),
+        ({"eval_steps": 300}, False),
+        ({"eval_steps": 100}, True),
+        ({"eval_strategy": "epoch"}, False),
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, True),
+        ({"save_strategy": "best"}, True),
+        ({"load_best_model_at_end": False}, False),
+    ],
+)
+def test_best_checkpoint_is_taken_where_every_checkpoint_is_validated(options, expected, tmp_path):
+    for kind, greater_is_better in ((CTCTrainingArguments, False), (ClassifierTrainingArguments, True)):
+        args = kind(output_dir=str(tmp_path), use_cpu=True, **options)
+        assert args.load_best_model_at_end == expected
+        assert args.greater_is_better == greater_is_better
+
+
+def test_absurd_learning_rate_collapses_to_blank_and_is_told(corpus, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ctc_trainer, "PATIENCE", 10)
+    trainer = make_trainer(
+        corpus, tmp_path, learning_rate=0.1, head_learning_rate=0.05, warmup_steps=0, max_steps=60, eval_steps=20,
+        save_strategy="no", stop_on_collapse=2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    with pytest.raises(CollapseError, match="stopped at update 40, as stop_on_collapse asks"):
+        trainer.train()
+    assert trainer.guard.verdict == "collapsed"
+    assert "learning_rate is 0.1, where 0.0005 is usual; head_learning_rate is 0.05" in caplog.text
+    assert "Remedy: divide learning_rate" in caplog.text
+    last = [entry for entry in trainer.state.log_history if "eval_wer" in entry][-1]
+    assert last["eval_ctc/empty_share"] == last["eval_ctc/blank_share"] == 1
+
+
+def test_healthy_run_is_not_flagged(corpus, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ctc_trainer, "PATIENCE", 40)
+    trainer = make_trainer(
+        corpus, tmp_path, learning_rate=3e-3, max_steps=80, eval_steps=80, save_strategy="no", warmup_steps=0.1
+    )
+    trainer.train()
+    assert trainer.guard.verdict == "healthy"
+    assert "blank guard" not in "".join(r.message for r in caplog.records if r.levelno >= logging.WARNING)
+    last = [entry for entry in trainer.state.log_history if "eval_wer" in entry][-1]
+    assert last["eval_ctc/empty_share"] < 0.5
+    assert last["eval_ctc/blank_share"] < 1
+
+
+def test_guard_knows_the_beginning_the_end_and_one_text_for_all(tmp_path, caplog):
+    def verdict(hypotheses, update, num_updates=1000):
+        guard = BlankGuard(CTCTrainingArguments(output_dir=str(tmp_path), use_cpu=True, warmup_steps=50))
+        guard.judge(hypotheses, references, 0.9, update, num_updates)
+        return guard.verdict
+
+    references = ["a", "b", "c", "d"]
+    assert verdict([""] * 4, 350) == "collapsed"
+    assert verdict([""] * 4, 349) == "healthy"
+    assert verdict([""] * 4, 100, num_updates=100) == "suspicious"
+    assert "train for more than 350 updates" in caplog.text
+    assert verdict(["e"] * 4, 400) == "collapsed"
+    assert verdict(["e", "e", "e", ""], 400) == "healthy"
+
+
+def test_blank_share_is_of_frames_that_are_no_padding(corpus, tmp_path):
+    trainer = make_trainer(corpus, tmp_path)
+    nn_bias = trainer.model.lm_head.bias
+    trainer.model.lm_head.weight.data.zero_()
+    nn_bias.data = torch.arange(len(nn_bias)).float()
+    assert trainer.evaluate()["eval_ctc/blank_share"] == 0
+    nn_bias.data[0] = 100
+    metrics = trainer.evaluate()
+    assert (metrics["eval_ctc/blank_share"], metrics["eval_ctc/empty_share"]) == (1, 1)
+
+
+def test_classification_rates_of_known_predictions():
+    rates = classification_rates([0, 0, 1, 2, 2, -1], [0, 0, 1, 1, 2, 0])
+    assert rates["accuracy"] == pytest.approx(4 / 6)
+    f1 = [2 * 2 / (2 + 3), 2 * 1 / (1 + 2), 2 * 1 / (2 + 1), 0]  # -1 is named, and never right
+    assert rates["macro_f1"] == pytest.approx(np.mean(f1))
+    assert rates["majority"] == 0.5
+    for name in ("accuracy", "macro_f1"):
+        assert rates[f"{name}_low"] < rates[name] < rates[f"{name}_high"]
+    perfect = classification_rates([0, 1], [0, 1])
+    assert (perfect["accuracy"], perfect["macro_f1"], perfect["macro_f1_low"]) == (1, 1, 1)
+
+
+def test_classifier_gradient_of_one_batch_equals_that_of_unequal_micro_batches(corpus, clips, tmp_path):
+    model = SpeechCLForSequenceClassification(SpeechCLConfig(**TINY, num_labels=3))
+    dataset = SpeechDataset(corpus.select(range(5)), 16000)
+    collate = ClassificationCollator(model._get_feat_extract_output_lengths, [0, 1, 2, 0, 1])
+    trainer = ClassificationTrainer(
+        model=model,
+        args=ClassifierTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+        references=collate.labels,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=collate,
+        max_seconds_per_batch=20,
+    )
+    items, silent = as_items(clips), {**as_items(clips)[0], "input_values": None}
+    gradients = []
+    for parts in ([items], [items[:1], [silent], items[1:]]):
+        model.zero_grad()
+        batches, counts = trainer.get_batch_samples(iter([collate(part) for part in parts]), len(parts), "cpu")
+        trainer.current_gradient_accumulation_steps = len(batches)
+        for batch in batches:
+            trainer.training_step(model, batch, counts)
+        gradients.append(model.classifier.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+WITHOUT_PACKAGE = """
+import sys, numpy as np
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_speechcl":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+from transformers import pipeline
+
+classifier = pipeline("audio-classification", model=sys.argv[1], trust_remote_code=True)
+print("named", classifier(np.load(sys.argv[2]), top_k=1)[0]["label"])
+assert not any(name.startswith("hf_speechcl") for name in sys.modules)
+"""
+
+
+def test_classifier_learns_and_runs_in_the_pipeline_with_and_without_the_package(clips, tmp_path):
+    folder, run = tmp_path / "corpus", tmp_path / "run"
+    rows = {"train": 12, "validation": 6}
+    for split, count in rows.items():
+        (folder / split).mkdir(parents=True)
+        lines = ["file_name,loudness"]
+        for number in range(count):
+            loudness = "loud" if number % 2 else "quiet"
+            clip = clips[number % len(clips)][:16000] * (1.0 if number % 2 else 0.001)
+            soundfile.write(folder / split / f"{number}.wav", clip, 16000, subtype="FLOAT")
+            lines.append(f"{number}.wav,{loudness}")
+        if split == "validation":
+            soundfile.write(folder / split / "odd.wav", clip, 16000)
+            lines.append("odd.wav,deafening")
+        (folder / split / "metadata.csv").write_text("\n".join(lines))
+    finetune_classifier(
+        ["--corpus", str(folder), "--label_column", "loudness", "--output_dir", str(run), "--model", "tiny"]
+        + ["--model_options", *TINY_OPTIONS, *SHORT_RUN, "--max_steps", "20", "--eval_steps", "20"]
+        + ["--save_steps", "20", "--learning_rate", "3e-3", "--mask_time_prob", "0", "--num_feature_masks", "0"]
+    )
+    results = json.loads((run / "results.json").read_text())
+    assert results["eval_accuracy"] == results["eval_macro_f1"] == 1
+    assert results["eval_majority"] == 0.5
+    card = (run / "README.md").read_text()
+    assert "pipeline_tag: audio-classification" in card
+    assert "`loud`, `quiet`" in card
+    assert str(tmp_path) not in card
+    classifier = pipeline("audio-classification", model=str(run))
+    assert classifier.model.config.label2id == {"loud": 0, "quiet": 1}
+    quiet = clips[0] * 0.001
+    assert classifier(quiet)[0]["label"] == "quiet"
+    np.save(tmp_path / "quiet.npy", quiet)
+    found = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE, str(run), str(tmp_path / "quiet.npy")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+    )
+    assert "named quiet" in found.stdout, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (finetune_ctc, ["--vocabulary", "words"], "vocabulary must be characters, unigram, bpe, found 'words'"),
+        (finetune_ctc, ["--vocab_size", "50"], "vocab_size=50 is for vocabularies of pieces"),
+        (finetune_ctc, ["--vocabulary", "bpe", "--vocab_size", "9"], "vocab_size=9 has no room for"),
+        (finetune_ctc, ["--digits", "some"], "digits must be keep, words, leave_out, found 'some'"),
+        (finetune_ctc, ["--layer_decay", "1.5"], "layer_decay must be above 0 and at most 1"),
+        (finetune_ctc, ["--freeze_encoder_steps", "-2"], "freeze_encoder_steps must not be negative but for -1"),
+        (finetune_ctc, ["--lora_rank", "4"], "lora_rank adapts a pre-trained encoder"),
+        (finetune_ctc, ["--lora_targets", "lm_head"], "lora_targets: found lm_head, expected names among q_proj"),
+        (finetune_classifier, ["--label_column", "word"], "demo has no column 'word'"),
+        (finetune_classifier, ["--label_column", "speaker"], "expected two classes at least, found en_US_f_Allison"),
+        (finetune_classifier, ["--mask_time_span", "0"], "mask_time_span must be positive"),
+    ],
+)
+def test_wrong_option_stops_the_run_with_its_name(main, arguments, message, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        main(["--use_cpu", "--output_dir", str(tmp_path / "run"), "--max_steps", "1", *arguments])
+    assert message in f"{error.value}\n{capsys.readouterr().err}"
