@@ -23,14 +23,19 @@ def normalize_text(text: str, method: str = "basic") -> str:
     Source: whisper_english is of Radford et al. 2022, arXiv 2212.04356, appendix C.
     """
     if method == "basic":
-        text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
-        text = "".join(char if char == "'" or unicodedata.category(char)[0] in "LMN" else " " for char in text)
-        text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
+        text = remove_punctuation(unicodedata.normalize("NFKC", text).lower())
     elif method == "whisper_english":
         text = _whisper_english()(text)
     elif method != "none":
         raise ValueError(f"unknown text normalisation {method!r}: expected {', '.join(NORMALIZATIONS)}")
     return " ".join(text.split())
+
+
+def remove_punctuation(text: str) -> str:
+    """Letters, marks, digits and apostrophes within words are kept, everything else becomes a space."""
+    text = text.replace("’", "'")
+    text = "".join(char if char == "'" or unicodedata.category(char)[0] in "LMN" else " " for char in text)
+    return " ".join(re.sub(r"(?<!\w)'|'(?!\w)", " ", text).split())
 
 
 @cache

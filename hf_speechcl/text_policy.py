@@ -8,6 +8,8 @@ from decimal import Decimal
 from functools import cache
 from pathlib import Path
 
+from .text import remove_punctuation
+
 CHOICES = {
     "casing": ("lower", "upper", "keep"),
     "punctuation": ("remove", "keep"),
@@ -17,13 +19,6 @@ RULES = ("white space", "unicode", "digits", "casing", "punctuation")
 MAX_EXAMPLES = 5
 # Languages that write a decimal point and commas between thousands; the others do the reverse.
 DECIMAL_POINT = ("en", "he", "hi", "ja", "ko", "th", "zh")
-
-
-def remove_punctuation(text: str) -> str:
-    """Letters, marks, digits and apostrophes within words are kept, everything else becomes a space."""
-    text = text.replace("’", "'")
-    text = "".join(char if char == "'" or unicodedata.category(char)[0] in "LMN" else " " for char in text)
-    return " ".join(re.sub(r"(?<!\w)'|'(?!\w)", " ", text).split())
 
 
 def spell_numbers(text: str, language: str = "en") -> str:

@@ -183,7 +183,7 @@ def score(transcripts: list[dict], columns: list[str]) -> dict:
         "clips": len(transcripts),
         "hours": audio_seconds / 3600,
         **rates,
-        "real_time_factor": audio_seconds / sum(clip["seconds"] for clip in transcripts),
+        "real_time_factor": sum(clip["seconds"] for clip in transcripts) / audio_seconds,
         "slices": score_slices(transcripts, columns),
         "frequent_errors": frequent_errors(pair for clip in transcripts for pair in clip["errors"]),
     }
@@ -200,7 +200,8 @@ def print_results(results: dict) -> None:
     )
     if results["clips_skipped"]:
         print(f"{len(results['clips_skipped'])} clips cannot be decoded and are not scored")
-    print(f"{results['real_time_factor']:.3g} seconds of audio in one second of computing ({results['device']})")
+    factor = results["real_time_factor"]
+    print(f"real-time factor {factor:.2g}: {1 / factor:.3g} s of audio in a second of computing ({results['device']})")
     if results["comparison"]:
         for name in ("wer", "cer"):
             pair = results["comparison"][name]
