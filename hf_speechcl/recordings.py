@@ -93,7 +93,7 @@ def find_utterances(
             if start > begin:
                 spans.append((begin, start + stay))
             begin = end - stay
-    if not (len(edges) and edges[-1][1] == len(levels)):
+    if len(levels) and not (len(edges) and edges[-1][1] == len(levels)):
         spans.append((begin, len(levels)))
     size = round(LEVEL_SECONDS * sampling_rate)
     longest = len(levels) if max_seconds is None else round(max_seconds / LEVEL_SECONDS)
