@@ -149,7 +149,7 @@ def test_ngram_and_hot_words_decide_where_the_model_is_in_doubt(tmp_path):
     assert text() == text(beam_width=50) == "the cat sat on the dat"
     assert text(**lm) == "the cat sat on the cat"
     assert text(beam_width=50, hot_words=["cat"], hot_word_weight=3) == "the cat sat on the cat"
-    assert text(**lm, hot_words=["dat"], hot_word_weight=20) == "the cat sat on the dat"
+    assert text(**lm, hot_words=["dat"], hot_word_weight=15) == "the cat sat on the dat"
 
 
 def test_wrong_decoding_options_are_refused_at_once(tmp_path):
