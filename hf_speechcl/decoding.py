@@ -1,6 +1,7 @@
 """CTC posteriors → text, words with times and confidences: greedy, or beam search with an n-gram and hot words."""
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,9 +198,17 @@ class BeamDecoder:
                 )
             config = kenlm.Config()
             config.show_progress = False
-            language_model = LanguageModel(
-                kenlm.Model(arguments.lm, config), words, alpha=arguments.lm_weight, beta=arguments.word_bonus
-            )
+            ngram = kenlm.Model(arguments.lm, config)
+            unknown = {word for phrase in arguments.hot_words for word in phrase.split() if word not in ngram}
+
+            class WithHotWords(LanguageModel):
+                def score(self, prev_state, word, is_last_word=False):
+                    score, state = super().score(prev_state, word, is_last_word)
+                    if word in unknown:  # spared what other words pay that the n-gram does not know
+                        score -= self.alpha * self.unk_score_offset * math.log(10)
+                    return score, state
+
+            language_model = WithHotWords(ngram, words, alpha=arguments.lm_weight, beta=arguments.word_bonus)
         self.search = BeamSearchDecoderCTC(Alphabet(["", *pieces], is_subword), language_model)
 
     def __del__(self):

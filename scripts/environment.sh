@@ -22,5 +22,9 @@ if [ ! -f "$installed" ]; then
   # torch first and by its exact version: a range would fetch a newer build with gigabytes of CUDA.
   "$venv/bin/pip" install --quiet --disable-pip-version-check "$(grep '^torch==' "$constraints")"
   "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$root[dev]"
+  # Beam search. kenlm is compiled; where there is no compiler, its tests are left out. pyctcdecode pins an old numpy.
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$root[lm]" \
+    && "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --no-deps pyctcdecode \
+    || echo "kenlm could not be built: no beam search here (see above)"
   touch "$installed"
 fi

@@ -181,6 +181,8 @@ def test_utterances_lie_between_pauses_even_in_noise(clips):
         for (begin, end), (first, last) in zip(found, spans):
             assert first - 0.35 * RATE <= begin <= first + 0.3 * RATE
             assert last - 0.6 * RATE <= end <= last + 0.35 * RATE
+        on_frames = find_utterances(levels, num_samples, RATE, pause_seconds=0.6, grid=640)
+        assert [begin // 640 * 640 for begin, _ in found] == [begin for begin, _ in on_frames]
         assert find_utterances(levels, num_samples, RATE, pause_seconds=0) == [(0, place)]
     halves = find_utterances(levels, num_samples, RATE, pause_seconds=0, max_seconds=4)
     assert [begin for begin, _ in halves[1:]] == [end for _, end in halves[:-1]]

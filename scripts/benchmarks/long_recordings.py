@@ -60,7 +60,13 @@ def main() -> None:
     print("| joined | minutes | cut at pauses | words of the clips | differ | real-time factor | peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for minutes in args.minutes:
-        for gap in (args.gap_seconds, 0.0):
+        for kind, gap, on_frames in (
+            (f"pauses of {args.gap_seconds:g} s, clips begin at a frame", args.gap_seconds, True),
+            (f"pauses of {args.gap_seconds:g} s", args.gap_seconds, False),
+            ("without pauses, clips begin at a frame", 0.0, True),
+            ("without pauses", 0.0, False),
+        ):
+            grid = getattr(recognizer, "samples_per_frame", 1) if on_frames else 1
             with tempfile.TemporaryDirectory() as folder:
                 file = str(Path(folder, "recording.wav"))
                 with soundfile.SoundFile(file, "w", rate, 1, "FLOAT") as recording:
@@ -70,14 +76,16 @@ def main() -> None:
                         if count == len(texts):
                             texts.append(recognizer.transcribe([clip])[0].text)
                         recording.write(clip)
-                        recording.write(_quiet(clip, rate, gap))
+                        gap_samples = round(gap * rate)
+                        gap_samples += -(recording.tell() + gap_samples) % grid
+                        recording.write(_quiet(clip, rate, gap_samples))
                         count += 1
                 seconds = soundfile.info(file).duration
                 for pause in (0.5, 0.0):
                     result = _run(args, file, pause)
                     expected = " ".join(text for text in texts[:count] if text)
                     print(
-                        f"| {f'pauses of {gap:g} s' if gap else 'without pauses'} | {seconds / 60:.1f} | "
+                        f"| {kind} | {seconds / 60:.1f} | "
                         f"{'yes' if pause else 'no'} | {len(expected.split())} | "
                         f"{jiwer.wer(expected, result['text']):.2%} | {result['seconds'] / seconds:.3f} | "
                         f"{result['peak']:.0f} |",
@@ -92,13 +100,13 @@ def _run(args: Arguments, file: str, pause: float) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
-def _quiet(clip: np.ndarray, rate: int, seconds: float) -> np.ndarray:
+def _quiet(clip: np.ndarray, rate: int, num_samples: int) -> np.ndarray:
     """The quietest part of a clip, forwards and backwards in turn."""
     size = min(len(clip), round(QUIET_SECONDS * rate))
     starts = range(0, len(clip) - size + 1, max(1, size // 4))
     start = min(starts, key=lambda start: float(np.square(clip[start : start + size]).mean()))
     part = clip[start : start + size]
-    return np.resize(np.concatenate([part, part[::-1]]), round(seconds * rate))
+    return np.resize(np.concatenate([part, part[::-1]]), num_samples)
 
 
 if __name__ == "__main__":
