@@ -1,6 +1,7 @@
 """CTC posteriors → text, words with times and confidences: greedy, or beam search with an n-gram and hot words."""
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from .command_line import option
 from .language_model import read_words
 
 WORD_START = "▁"  # begins the pieces of subword vocabularies that begin a word
+ALIGNMENT_MARGIN = 25  # frames
 INSTALL_LM = "pip install 'hf_speechcl[lm]' && pip install --no-deps pyctcdecode"
 
 
@@ -44,7 +46,9 @@ class DecodingArguments:
     lm_weight: float = option(0.5, "Weight of the n-gram's log-probabilities (alpha); tune it on validation clips.")
     word_bonus: float = option(1.0, "Added for every word with an n-gram (beta); tune it on validation clips.")
     hot_words: list[str] = option([], "Words that beam search is to favour; of phrases, each word.")
-    hot_word_weight: float = option(10.0, "How much hot words are favoured.")
+    hot_word_weight: float = option(
+        5.0, "Log-probability that a hot word is worth; too much writes it where it is not said."
+    )
 
     def __post_init__(self):
         if self.beam_width < 0:
@@ -166,7 +170,7 @@ class BeamDecoder:
         except ImportError as error:
             raise ImportError(f"beam search needs pyctcdecode and kenlm ({error}): {INSTALL_LM}") from None
         logging.getLogger("pyctcdecode").setLevel(logging.ERROR)  # it warns of every small n-gram
-        self.seconds_per_frame, self.arguments, self.blank = seconds_per_frame, arguments, vocabulary.blank
+        self.vocabulary, self.seconds_per_frame, self.arguments = vocabulary, seconds_per_frame, arguments
         self.tokens = [token for token, piece in enumerate(vocabulary.pieces) if piece is not None]
         lower = getattr(vocabulary.tokenizer, "do_lower_case", False)
         pieces = [vocabulary.pieces[token] for token in self.tokens]
@@ -194,9 +198,17 @@ class BeamDecoder:
                 )
             config = kenlm.Config()
             config.show_progress = False
-            language_model = LanguageModel(
-                kenlm.Model(arguments.lm, config), words, alpha=arguments.lm_weight, beta=arguments.word_bonus
-            )
+            ngram = kenlm.Model(arguments.lm, config)
+            unknown = {word for phrase in arguments.hot_words for word in phrase.split() if word not in ngram}
+
+            class WithHotWords(LanguageModel):
+                def score(self, prev_state, word, is_last_word=False):
+                    score, state = super().score(prev_state, word, is_last_word)
+                    if word in unknown:  # spared what other words pay that the n-gram does not know
+                        score -= self.alpha * self.unk_score_offset * math.log(10)
+                    return score, state
+
+            language_model = WithHotWords(ngram, words, alpha=arguments.lm_weight, beta=arguments.word_bonus)
         self.search = BeamSearchDecoderCTC(Alphabet(["", *pieces], is_subword), language_model)
 
     def __del__(self):
@@ -215,17 +227,33 @@ class BeamDecoder:
             hotwords=self.arguments.hot_words,
             hotword_weight=self.arguments.hot_word_weight,
         )
-        words = []
-        for text, (start, end) in beams[0][2]:
+        between = blank[:, 0]
+        for token in self.spelling.get(" ", ()):
+            between = np.maximum(between, log_probs[:, token])
+        found = beams[0][2]
+        words, left = [], 0
+        for (text, (start, end)), (_, (following, _)) in zip(found, [*found[1:], (None, (len(log_probs), None))]):
+            # Where beams met, the search keeps the frames of one of them: the word may begin or end a little outside.
+            left = max(left, start - ALIGNMENT_MARGIN)
+            right = max(end, min(following, end + ALIGNMENT_MARGIN))
+            frames = slice(left, right)
             tokens = [
-                (token, start + first, start + last)
-                for token, first, last in self._align(text, log_probs[start:end], blank[start:end, 0])
+                (token, left + first, left + last)
+                for token, first, last in self._align(text, log_probs[frames], blank[frames, 0], between[frames])
             ]
             words.append(_word(text, tokens, log_probs, self.seconds_per_frame))
+            left = tokens[-1][2]
         return _transcript(words)
 
-    def _align(self, word: str, log_probs: np.ndarray, blank: np.ndarray) -> list[tuple[int, int, int]]:
-        """The most probable tokens that spell a word, each with its first frame and last frame + 1."""
+    def _align(
+        self, word: str, log_probs: np.ndarray, blank: np.ndarray, between: np.ndarray
+    ) -> list[tuple[int, int, int]]:
+        """The most probable tokens that spell a word, each with its first frame and last frame + 1.
+
+        Args:
+            log_probs, blank: (T, V) and (T,), around the word.
+            between: (T,) log-probability of what stands between words.
+        """
         text = self.word_start + word
         states: list[tuple[int | None, int, int]] = [(None, begin, begin) for begin in range(len(text) + 1)]
         for begin in range(len(text)):
@@ -244,6 +272,7 @@ class BeamDecoder:
             for state, (token, begin, _) in enumerate(states)
         ]
         emission = np.stack([blank if token is None else log_probs[:, token] for token, _, _ in states], axis=1)
+        emission[:, [0, len(text)]] = between[:, None]
         score = np.where([begin == 0 for _, begin, _ in states], emission[0], -np.inf)
         pointers = []
         for frame in emission[1:]:

@@ -13,7 +13,7 @@ from .text import normalize_text
 logger = logging.getLogger(__name__)
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
-MAX_ORDER = 6  # of kenlm as it comes from PyPI
+MAX_ORDER = 6  # of kenlm as it comes from PyPI, which reads no unigram models either
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 
 DESCRIPTION = """Estimate a word n-gram (interpolated modified Kneser-Ney) from texts, for beam search.
@@ -34,7 +34,7 @@ class LanguageModelArguments:
     text_column: str = option("text", "Column with the text.")
     text_normalization: str = option("basic", "As for scripts/finetune_ctc.py.")
     upper_case: bool = option(False, "Upper case, for recognisers that write it.")
-    order: int = option(3, f"Longest n-grams, 1 to {MAX_ORDER}.")
+    order: int = option(3, f"Longest n-grams, 2 to {MAX_ORDER}.")
     exclude_corpus: list[str] = option([], "Sources whose texts must not be in the n-gram, to be scored on.")
     exclude_splits: list[str] = option(["test"], "Splits of exclude_corpus.")
     output_file: str = option("lm.arpa", "ARPA file to write.")
@@ -42,8 +42,8 @@ class LanguageModelArguments:
     def __post_init__(self):
         if not self.text_files and not self.corpus:
             raise ValueError("no texts: give text_files, corpus or both")
-        if not 1 <= self.order <= MAX_ORDER:
-            raise ValueError(f"order must be 1 to {MAX_ORDER}, found {self.order}")
+        if not 2 <= self.order <= MAX_ORDER:
+            raise ValueError(f"order must be 2 to {MAX_ORDER}, found {self.order}")
         if missing := [file for file in self.text_files if not Path(file).is_file()]:
             raise FileNotFoundError(f"text_files: no file {', '.join(missing)}")
         normalize_text("", self.text_normalization)

@@ -172,7 +172,7 @@ class SpeechRecognizer:
             num_samples,
             self.sampling_rate,
             recording.pause_seconds,
-            max_seconds=recording.chunk_seconds if self.kind == "seq2seq" else None,
+            **({"grid": self.samples_per_frame} if self.kind == "ctc" else {"max_seconds": recording.chunk_seconds}),
         )
         windows = cut_windows(stream_audio(audio, self.sampling_rate), utterances, length, stride)
         for begin, end in utterances:

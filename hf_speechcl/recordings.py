@@ -11,7 +11,7 @@ LEVEL_SECONDS = 0.02  # levels are measured over so much
 SURROUNDINGS_SECONDS = 30.0  # to either side: what is quiet and what is loud is judged by
 QUIET_SHARE = 0.35  # of the way from the noise floor to the level of speech; pauses lie below
 LARGEST_RANGE = 40.0  # dB below speech that a pause may well have: digital silence elsewhere must not hide it
-KEPT_SILENCE = 0.3  # seconds of a pause that stay with the utterance on either side
+KEPT_SILENCE = 0.15  # seconds of a pause that stay with the utterance on either side
 
 
 @dataclass
@@ -73,7 +73,12 @@ def find_quiet(levels: np.ndarray) -> np.ndarray:
 
 
 def find_utterances(
-    levels: np.ndarray, num_samples: int, sampling_rate: int, pause_seconds: float, max_seconds: float | None = None
+    levels: np.ndarray,
+    num_samples: int,
+    sampling_rate: int,
+    pause_seconds: float,
+    max_seconds: float | None = None,
+    grid: int = 1,
 ) -> list[tuple[int, int]]:
     """First sample and last sample + 1 of every stretch between pauses.
 
@@ -81,6 +86,7 @@ def find_utterances(
         levels, num_samples: of `measure_levels`.
         pause_seconds: length from which silence is a pause; 0 makes the whole recording one stretch.
         max_seconds: longer stretches are cut where they are quietest, in their second half; not at all by default.
+        grid: utterances begin at multiples of so many samples, so that their frames are those of the recording.
     """
     quiet = find_quiet(levels) if pause_seconds else np.zeros(len(levels), bool)
     edges = np.flatnonzero(np.diff(quiet, prepend=False, append=False)).reshape(-1, 2)
@@ -93,7 +99,7 @@ def find_utterances(
             if start > begin:
                 spans.append((begin, start + stay))
             begin = end - stay
-    if not (len(edges) and edges[-1][1] == len(levels)):
+    if len(levels) and not (len(edges) and edges[-1][1] == len(levels)):
         spans.append((begin, len(levels)))
     size = round(LEVEL_SECONDS * sampling_rate)
     longest = len(levels) if max_seconds is None else round(max_seconds / LEVEL_SECONDS)
@@ -103,7 +109,7 @@ def find_utterances(
             cut = begin + longest // 2 + int(levels[begin + longest // 2 : begin + longest].argmin())
             utterances.append((begin * size, cut * size))
             begin = cut
-        utterances.append((begin * size, min(end * size, num_samples)))
+        utterances.append((begin * size // grid * grid, min(end * size, num_samples)))
     return utterances
 
 

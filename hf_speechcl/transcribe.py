@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             [TranscriptionArguments, DecodingArguments, RecordingArguments], DESCRIPTION, argv
         )
         recordings = find_recordings(args.files)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     if args.output_dir is None and args.format in ("srt", "vtt") and len(recordings) > 1:
         sys.exit(f"error: {len(recordings)} files: --format {args.format} needs --output_dir")
@@ -126,7 +126,7 @@ def find_recordings(files: list[str]) -> dict[str, Path]:
             raise FileNotFoundError(f"no file or folder {given}")
         recordings.update((name, file) for name, file in zip(names, found) if recordings.get(name, file) == file)
         if clash := [name for name, file in zip(names, found) if recordings[name] != file]:
-            raise FileNotFoundError(f"{clash[0]}: two files of this name; transcribe them in turn")
+            raise ValueError(f"{clash[0]}: two files of this name; transcribe them in turn")
     return recordings
 
 
@@ -154,11 +154,21 @@ def render(name: str, utterances: list[tuple[float, float, Transcript]], format:
     if format == "text":
         return whole.text + "\n"
     if format == "json":
+        words = whole.words and [
+            {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(word).items()}
+            for word in whole.words
+        ]
         parts = [
             {"start": round(start, 3), "end": round(end, 3), "text": transcript.text}
             for start, end, transcript in utterances
         ]
-        return json.dumps({"file": name, **asdict(whole), "utterances": parts}, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(
+                {"file": name, "text": whole.text, "confidence": whole.confidence, "words": words, "utterances": parts},
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
     cues = make_cues(utterances)
     if format == "srt":
         blocks = [

@@ -1,0 +1,322 @@
+"""Decoders and n-grams."""
+
+import functools
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import ParakeetTokenizer
+
+from hf_speechcl.ctc import build_processor
+from hf_speechcl.decoding import DecodingArguments, build_decoder, join_transcripts
+from hf_speechcl.language_model import LanguageModelArguments, estimate, main, read_words
+
+try:
+    import kenlm
+    import pyctcdecode
+except ImportError:
+    kenlm = pyctcdecode = None
+needs_lm = pytest.mark.skipif(pyctcdecode is None, reason="the extra lm is not installed")
+GREEDY_AND_BEAM = [
+    pytest.param(DecodingArguments(), id="greedy"),
+    pytest.param(DecodingArguments(beam_width=10), id="beam", marks=needs_lm),
+]
+SENTENCES = [
+    line.split()
+    for line in (
+        "the cat sat on the mat",
+        "the dog sat on the cat",
+        "a cat sat",
+        "the mat",
+        "a dog and a cat and the mat",
+        "the cat sat on a dog",
+        "on the mat sat the dog",
+        "and",
+    )
+]
+
+
+def characters():
+    return build_processor(["the cat sat on a mat dog's"], 16000).tokenizer
+
+
+def pieces():
+    names = ["[PAD]", "[UNK]", "▁", "▁the", "▁c", "at", "a", "t", "▁s", "▁m", "s", "▁on", "▁t", "he"]
+    tokenizer = Tokenizer(models.Unigram([(name, -1.0 - 0.1 * rank) for rank, name in enumerate(names)], unk_id=1))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    return ParakeetTokenizer(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+
+
+TOKENIZERS = {"characters": characters, "pieces": pieces}
+
+
+def sure_of(tokenizer, tokens: list[str], confidence: float = 0.9) -> np.ndarray:
+    """Log-posteriors (T, V) that give each of the tokens a frame."""
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    probs = np.full((len(ids), len(tokenizer)), (1 - confidence) / (len(tokenizer) - 1), np.float32)
+    probs[np.arange(len(ids)), ids] = confidence
+    return np.log(probs)
+
+
+def random_log_probs(size: int, seed: int, frames: int = 60) -> np.ndarray:
+    logits = np.random.default_rng(seed).normal(0, 3, (frames, size)).astype(np.float32)
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_text_is_that_of_the_tokenizer_without_special_tokens(name, seed):
+    tokenizer = TOKENIZERS[name]()
+    log_probs = random_log_probs(len(tokenizer) + 2, seed)  # outputs beyond the vocabulary mean nothing
+    log_probs[:, len(tokenizer) :] -= 50
+    expected = tokenizer.decode(log_probs.argmax(-1).tolist()).replace("[UNK]", "")
+    transcript = build_decoder(tokenizer, 0.02, DecodingArguments()).decode(log_probs)
+    assert transcript.text == " ".join(expected.split())
+    assert transcript.text == " ".join(word.text for word in transcript.words)
+    times = [time for word in transcript.words for time in (word.start, word.end)]
+    assert times == sorted(times)
+    assert all(0 < word.confidence <= 1 and word.start < word.end <= 60 * 0.02 for word in transcript.words)
+
+
+@pytest.mark.parametrize("arguments", GREEDY_AND_BEAM)
+def test_words_have_the_times_and_posteriors_of_their_tokens(arguments):
+    tokenizer = characters()
+    log_probs = sure_of(tokenizer, "[PAD] c c a [PAD] t | | [PAD] o [UNK] n [PAD]".split())
+    log_probs[3] = sure_of(tokenizer, ["a"], 0.6)[0]
+    transcript = build_decoder(tokenizer, 0.04, arguments).decode(log_probs)
+    assert transcript.text == "cat on"
+    spans = [(word.text, pytest.approx(word.start), pytest.approx(word.end)) for word in transcript.words]
+    assert spans == [("cat", 0.04, 0.24), ("on", 0.36, 0.48)]
+    assert [word.confidence for word in transcript.words] == pytest.approx([(0.9 + 0.6 + 0.9) / 3, 0.9])
+    assert transcript.confidence == pytest.approx((0.8 + 0.9) / 2)
+
+
+@pytest.mark.parametrize("arguments", GREEDY_AND_BEAM)
+def test_silence_is_an_empty_transcript(arguments):
+    decoder = build_decoder(characters(), 0.04, arguments)
+    for log_probs in (sure_of(characters(), ["[PAD]"] * 5), np.zeros((0, len(characters())), np.float32)):
+        transcript = decoder.decode(log_probs)
+        assert (transcript.text, transcript.words, transcript.confidence) == ("", [], None)
+
+
+@needs_lm
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_beam_search_without_lm_agrees_with_greedy_where_the_model_is_sure(name):
+    tokenizer = TOKENIZERS[name]()
+    text = "the cat sat on a mat" if name == "characters" else "the cat sat on a mat at the"
+    tokens = [token for token in tokenizer.tokenize(text) for token in (token, token, "[PAD]")]
+    log_probs = sure_of(tokenizer, tokens, 0.99)
+    greedy = build_decoder(tokenizer, 0.02, DecodingArguments()).decode(log_probs)
+    beam = build_decoder(tokenizer, 0.02, DecodingArguments(beam_width=20)).decode(log_probs)
+    assert greedy.text == beam.text == text
+    assert beam == greedy
+
+
+@needs_lm
+def test_beam_search_sums_over_alignments_where_greedy_takes_the_best_frames():
+    """Two frames, blank 0.6 and a 0.4 in each: "a" has 0.64, nothing 0.36 (Graves et al. 2006, section 3.2)."""
+    tokenizer = characters()
+    probs = np.full((2, len(tokenizer)), 1e-9, np.float32)
+    probs[:, tokenizer.pad_token_id], probs[:, tokenizer.convert_tokens_to_ids("a")] = 0.6, 0.4
+    assert build_decoder(tokenizer, 1, DecodingArguments()).decode(np.log(probs)).text == ""
+    assert build_decoder(tokenizer, 1, DecodingArguments(beam_width=5)).decode(np.log(probs)).text == "a"
+
+
+@needs_lm
+@pytest.mark.parametrize("seed", range(4))
+def test_alignment_of_a_word_is_the_best_of_all(seed):
+    tokenizer = pieces()
+    decoder = build_decoder(tokenizer, 1, DecodingArguments(beam_width=5))
+    log_probs = random_log_probs(len(tokenizer), seed, frames=4)
+    blank = tokenizer.pad_token_id
+    found = decoder._align("cat", log_probs, log_probs[:, blank], log_probs[:, blank])
+    tokens = [token for token in range(len(tokenizer)) if (decoder.vocabulary.pieces[token] or "x") in "▁cat"]
+    best = max(
+        (path for path in itertools.product([blank, *tokens], repeat=4) if tokenizer.decode(list(path)) == "cat"),
+        key=lambda path: sum(log_probs[frame, token] for frame, token in enumerate(path)),
+    )
+    runs, frame = [], 0
+    for token, run in itertools.groupby(best):
+        length = len(list(run))
+        if token != blank:
+            runs.append((token, frame, frame + length))
+        frame += length
+    assert found == runs
+
+
+@needs_lm
+def test_ngram_and_hot_words_decide_where_the_model_is_in_doubt(tmp_path):
+    estimate(SENTENCES, 3).save(tmp_path / "lm.arpa")
+    tokenizer = characters()
+    log_probs = sure_of(tokenizer, "t h e | c a t | s a t | o n | t h e | m a t".split(), 0.9)
+    doubt = [[tokenizer.convert_tokens_to_ids(token) for token in "c d".split()], [0.48, 0.5]]
+    log_probs[19] = np.log(0.02 / len(tokenizer))
+    log_probs[19, doubt[0]] = np.log(doubt[1])  # "dat", and "cat" a little less
+    lm = {"beam_width": 50, "lm": str(tmp_path / "lm.arpa")}
+
+    def text(**options):
+        return build_decoder(tokenizer, 0.04, DecodingArguments(**options)).decode(log_probs).text
+
+    assert text() == text(beam_width=50) == "the cat sat on the dat"
+    assert text(**lm) == "the cat sat on the cat"
+    assert text(beam_width=50, hot_words=["cat"], hot_word_weight=3) == "the cat sat on the cat"
+    assert text(**lm, hot_words=["dat"], hot_word_weight=5) == "the cat sat on the dat"
+
+
+@needs_lm
+def test_wrong_decoding_options_are_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="lm needs beam search: set beam_width"):
+        DecodingArguments(lm="lm.arpa")
+    with pytest.raises(FileNotFoundError, match="lm: no file"):
+        DecodingArguments(beam_width=2, lm=str(tmp_path / "lm.arpa"))
+    with pytest.raises(ValueError, match="cannot write C of 'Cat'"):
+        build_decoder(characters(), 0.04, DecodingArguments(beam_width=2, hot_words=["Cat"]))
+    estimate([["CAT"]], 2).save(tmp_path / "upper.arpa")
+    with pytest.raises(ValueError, match="cannot write a single word of .*upper.arpa, such as 'CAT'"):
+        build_decoder(characters(), 0.04, DecodingArguments(beam_width=2, lm=str(tmp_path / "upper.arpa")))
+
+
+def test_missing_packages_are_named_with_the_command(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyctcdecode", None)
+    with pytest.raises(ImportError, match="pip install --no-deps pyctcdecode"):
+        build_decoder(characters(), 0.04, DecodingArguments(beam_width=2))
+
+
+def test_joined_transcripts_tell_words_if_all_parts_do():
+    decoder = build_decoder(characters(), 0.04, DecodingArguments())
+    parts = [decoder.decode(sure_of(characters(), list(word))) for word in ("cat", "on")]
+    assert join_transcripts(parts).text == "cat on"
+    assert join_transcripts(parts).confidence == pytest.approx(0.9)
+    assert join_transcripts([]).text == ""
+
+
+class PlainKneserNey:
+    """P(word | context) as Chen and Goodman 1998 write it, by counting anew for every value."""
+
+    def __init__(self, sentences: list[list[str]], order: int):
+        self.lines, self.order = [["<s>", *sentence, "</s>"] for sentence in sentences], order
+        self.vocabulary = sorted({token for line in self.lines for token in line} - {"<s>"})
+        self.count, self.discounts = functools.cache(self._count), functools.cache(self._discounts)
+
+    def _count(self, ngram):
+        def occurrences(ngram):
+            return sum(
+                tuple(line[i : i + len(ngram)]) == ngram
+                for line in self.lines
+                for i in range(len(line) - len(ngram) + 1)
+            )
+
+        if len(ngram) == self.order or ngram[0] == "<s>":
+            return occurrences(ngram)
+        return sum(occurrences((before, *ngram)) > 0 for before in ["<s>", *self.vocabulary])
+
+    def _discounts(self, length):
+        starts = itertools.product(["<s>", *self.vocabulary], *[self.vocabulary] * (length - 1))
+        seen = Counter(self.count(ngram) for ngram in starts if ngram != ("<s>",))
+        if not all(seen[number] for number in (1, 2, 3, 4)):
+            return 0, 0.5, 1.0, 1.5
+        share = seen[1] / (seen[1] + 2 * seen[2])
+        return 0, *(number - (number + 1) * share * seen[number + 1] / seen[number] for number in (1, 2, 3))
+
+    def probability(self, word, context):
+        total = sum(self.count((*context, other)) for other in self.vocabulary)
+        lower = self.probability(word, context[1:]) if context else 1 / (len(self.vocabulary) + 1)
+        if total == 0:
+            return lower
+
+        def discount(number):
+            return self.discounts(len(context) + 1)[min(number, 3)]
+
+        freed = sum(discount(self.count((*context, other))) for other in self.vocabulary)
+        number = self.count((*context, word))
+        return (number - discount(number)) / total + freed / total * lower
+
+
+@needs_lm
+@pytest.mark.parametrize("order", [2, 3])
+def test_ngram_agrees_with_a_plain_loop_and_sums_to_one(order, tmp_path):
+    estimate(SENTENCES, order).save(tmp_path / "lm.arpa")
+    model = kenlm.Model(str(tmp_path / "lm.arpa"))
+    plain = PlainKneserNey(SENTENCES, order)
+    words = read_words(tmp_path / "lm.arpa")
+    assert words == {word for sentence in SENTENCES for word in sentence}
+    for history in ([], ["the"], ["the", "cat"], ["sat", "on"], ["mat", "a"], ["unheard"]):
+        state = kenlm.State()
+        model.BeginSentenceWrite(state)
+        for word in history:
+            after = kenlm.State()
+            model.BaseScore(state, word, after)
+            state = after
+        context = tuple(["<s>", *history][-(order - 1) :])
+        total = 0
+        for word in [*words, "</s>", "<unk>"]:
+            found = 10 ** model.BaseScore(state, word, kenlm.State())
+            expected = plain.probability(word, context)
+            assert found == pytest.approx(expected, rel=1e-4), (history, word)
+            total += found
+        assert total == pytest.approx(1, abs=1e-5)
+
+
+def test_discounts_are_those_of_the_paper_where_counts_allow():
+    """Words that occur once, twice, … so often that equation 26 of Chen and Goodman 1998 can be filled in by hand."""
+    numbers = {1: 40, 2: 15, 3: 6, 4: 3}
+    words = [f"w{count}_{rank}" for count, number in numbers.items() for rank in range(number) for _ in range(count)]
+    probs = estimate([words], 1).log10_probs[0]
+    assert Counter(Counter(words).values()) == numbers
+    share = 41 / (41 + 2 * 15)  # </s> occurs once
+    discounts = [1 - 2 * share * 15 / 41, 2 - 3 * share * 6 / 15, 3 - 4 * share * 3 / 6]
+    total = len(words) + 1
+    freed = (41 * discounts[0] + 15 * discounts[1] + 9 * discounts[2]) / total
+    for count in (1, 2, 3, 4):
+        expected = (count - discounts[min(count, 3) - 1]) / total + freed / (len(probs) - 1)
+        assert 10 ** probs[(f"w{count}_0",)] == pytest.approx(expected)
+    assert 10 ** probs[("<unk>",)] == pytest.approx(freed / (len(probs) - 1))
+
+
+def test_longer_ngrams_predict_texts_like_the_trained_ones_better():
+    def perplexity(order):
+        ngram = estimate(SENTENCES, order)
+        losses = [
+            -ngram.log10_probs[order - 1][tuple(padded[i : i + order])]
+            for padded in (["<s>"] * (order > 1) + sentence for sentence in SENTENCES)
+            for i in range(len(padded) - order + 1)
+        ]
+        return 10 ** np.mean(losses)
+
+    assert perplexity(3) < perplexity(2) < perplexity(1)
+
+
+def test_marks_of_the_arpa_format_are_no_words():
+    with pytest.raises(ValueError, match="<s>, which mean"):
+        estimate([["a", "<s>"]], 2)
+    with pytest.raises(ValueError, match="no sentences"):
+        estimate([], 2)
+
+
+def test_build_lm_leaves_out_the_texts_to_be_scored(tmp_path, audio_folder, capsys):
+    text = tmp_path / "book.txt"
+    text.write_text("Text, number 2!\nSomething else.\n\nText number nine\n", encoding="utf-8")
+    lm = tmp_path / "sub" / "lm.arpa"
+    options = ["--text_files", text, "--corpus", "demo", "--split", "validation", "--order", "2", "--output_file", lm]
+    main([*map(str, options), "--exclude_corpus", str(audio_folder), "--exclude_splits", "train"])
+    printed = capsys.readouterr().out
+    assert "1 of 63 sentences are left out" in printed
+    words = read_words(lm)
+    assert {"something", "else", "nine"} <= words
+    assert "book" not in words
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no texts"),
+        ({"corpus": ["demo"], "order": 7}, "order must be 2 to 6"),
+        ({"text_files": ["x"]}, "no file x"),
+    ],
+)
+def test_wrong_ngram_options_are_refused(options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        LanguageModelArguments(**options)
