@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .data.audio import stream_audio
 from .decoding import DecodingArguments, Transcript, build_decoder, join_transcripts
+from .hub import find_model
 from .recordings import RecordingArguments, Window, cut_windows, find_utterances, measure_levels
 
 SPEECH_TO_TEXT = {
@@ -72,15 +73,13 @@ class SpeechRecognizer:
         cls,
         model: str | Path,
         *,
-        revision: str | None = None,
         device: str = "cpu",
         decoding: DecodingArguments | None = None,
         trust_remote_code: bool = False,
     ) -> "SpeechRecognizer":
-        """Load a folder or a Hub repository.
+        """Load a folder, or a model of the Hub: `user/name`, or `user/name@revision`. Weights must be safetensors.
 
         Args:
-            revision: branch, tag or commit.
             device: of torch, or "auto" for the accelerator where there is one.
             decoding: of CTC models; greedy by default.
             trust_remote_code: run the code that comes with the model.
@@ -88,21 +87,27 @@ class SpeechRecognizer:
         Raises:
             ValueError: the model is no speech recogniser, or not for the sampling rate of its feature extractor.
         """
-        source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(model, **source)
+        folder, source = find_model(model), {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(folder, **source)
         architectures = config.architectures or []
         if device == "auto":
             device = torch.accelerator.current_accelerator() or "cpu"
         if any(name.endswith("ForCTC") for name in architectures):
-            network = AutoModelForCTC.from_pretrained(model, dtype=torch.float32, **source).to(device)
-            parts = network, AutoFeatureExtractor.from_pretrained(model, **source)
-            return cls(*parts, AutoTokenizer.from_pretrained(model, **source), decoding)
+            network = AutoModelForCTC.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **source)
+            parts = network.to(device), AutoFeatureExtractor.from_pretrained(folder, **source)
+            return cls(*parts, AutoTokenizer.from_pretrained(folder, **source), decoding)
         if not SPEECH_TO_TEXT & set(architectures):
             raise ValueError(
                 f"{model} holds {', '.join(architectures) or config.model_type}, which writes no text: fine-tune it "
                 "first (scripts/finetune_ctc.py)"
             )
-        loaded = pipeline("automatic-speech-recognition", model=str(model), dtype=torch.float32, **source)
+        loaded = pipeline(
+            "automatic-speech-recognition",
+            model=folder,
+            dtype=torch.float32,
+            model_kwargs={"use_safetensors": True},
+            **source,
+        )
         return cls(loaded.model.to(device), loaded.feature_extractor, loaded.tokenizer, decoding)
 
     def transcribe(self, waveforms: list[np.ndarray]) -> list[Transcript]:

@@ -32,18 +32,17 @@ folder.
     python -m hf_speechcl transcribe runs/ctc recordings/ --format srt --output_dir subtitles
     python -m hf_speechcl transcribe user/name talk.flac --beam_width 100 --lm lm.arpa --hot_words nairobi kibera
 
-MODEL is a folder or a Hub repository, of this package or any that transformers' pipeline takes. Without output_dir, the
-transcripts are printed: a line for each file in text and JSON. Files that cannot be read are named and left out, and
-the exit status is then 1."""
+MODEL is a folder, or user/name or user/name@revision on the Hub, of this package or any that transformers' pipeline
+takes. Without output_dir, the transcripts are printed: a line for each file in text and JSON. Files that cannot be read
+are named and left out, and the exit status is then 1."""
 
 
 @dataclass
 class TranscriptionArguments:
-    model: str = option("", "MODEL: folder or Hub repository of a speech recogniser.")
+    model: str = option("", "MODEL: folder of a speech recogniser, or user/name or user/name@revision on the Hub.")
     files: list[str] = option([], "FILE: audio files and folders of them.")
     format: str = option("text", f"One of {', '.join(SUFFIXES)}.")
     output_dir: str | None = option(None, "Folder for a file of each transcript; printed by default.")
-    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
     device: str = option("auto", "cpu, cuda:1 …, or auto for the accelerator where there is one.")
     trust_remote_code: bool = option(False, "Run the code that comes with a model; those of this package need none.")
 
@@ -80,7 +79,6 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     recognizer = SpeechRecognizer.from_pretrained(
         args.model,
-        revision=args.revision,
         device=args.device,
         decoding=decoding,
         trust_remote_code=args.trust_remote_code,

@@ -283,7 +283,7 @@ def test_script_scores_a_model_of_another_kind_by_slices_and_its_report_is_safe(
     run(model_folder, labelled_folder, "--text_normalization", "none", "--output_file", output, "--report_file", report)
     results = json.loads(output.read_text())
     assert results.keys() >= {
-        "model", "revision", "corpus", "split", "clips", "hours", "text_normalization", "decoding", "device", "wer",
+        "model", "corpus", "split", "clips", "hours", "text_normalization", "decoding", "device", "wer",
         "wer_low", "wer_high", "cer", "cer_low", "cer_high", "real_time_factor", "comparison",
     }  # fmt: skip
     assert (results["model"], results["corpus"], results["clips"]) == ("random", ["audio"], 4)
@@ -329,7 +329,7 @@ def test_models_are_compared_on_the_same_clips_only(labelled_folder, model_folde
     with pytest.raises(ValueError, match="scored with text_normalization basic, this run is with none"):
         run(model_folder, labelled_folder, "--text_normalization", "none", "--compare_with", first)
     second.write_text('{"wer": 0.1, "transcripts": []}')
-    with pytest.raises(ValueError, match="lacks clips_skipped, decoding, model, revision, te"):
+    with pytest.raises(ValueError, match="lacks clips_skipped, decoding, model, te"):
         run(model_folder, labelled_folder, "--compare_with", second)
     (labelled_folder / "metadata.csv").write_text("file_name,text\nclip0.wav,hello there\nclip1.wav,other")
     with pytest.raises(ValueError, match="is of 4 clips, this run of 2, and 3 are not in both .*clip1.wav"):

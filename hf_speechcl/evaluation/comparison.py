@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .asr import edit_counts, paired_bootstrap
 
-NEEDED = {"model", "revision", "decoding", "text_normalization", "clips_skipped", "transcripts"}
+NEEDED = {"model", "decoding", "text_normalization", "clips_skipped", "transcripts"}
 
 
 def read_other_results(file: str, normalization: str) -> dict:
@@ -47,13 +47,13 @@ def compare(transcripts: list[dict], other: dict) -> dict:
     """Differences of WER and CER to another model's results, over the clips that both could decode.
 
     Returns:
-        `model`, `revision` and `decoding` of the other; the number of `clips`; and for `wer` and `cer` the `other`
+        `model` and `decoding` of the other; the number of `clips`; and for `wer` and `cer` the `other`
         model's and what `paired_bootstrap` gives.
     """
     theirs = {clip["id"]: clip["hypothesis"] for clip in other["transcripts"]}
     shared = [clip for clip in transcripts if clip["id"] in theirs]
     references = [clip["reference"] for clip in shared]
-    comparison = {name: other[name] for name in ("model", "revision", "decoding")} | {"clips": len(shared)}
+    comparison = {name: other[name] for name in ("model", "decoding")} | {"clips": len(shared)}
     for name, characters in (("wer", False), ("cer", True)):
         counts = edit_counts(references, [clip["hypothesis"] for clip in shared], characters)
         others = edit_counts(references, [theirs[clip["id"]] for clip in shared], characters)

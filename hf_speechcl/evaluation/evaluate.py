@@ -11,7 +11,6 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
-from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .. import hub
 from ..command_line import option, parse_arguments
@@ -36,14 +35,13 @@ and score the result: word and character error rate with bootstrap 95% intervals
     python scripts/evaluate.py --model openai/whisper-tiny --corpus my_labelled_audio --split test \\
         --text_normalization whisper_english --output_file whisper.json --compare_with results.json"""
 
-FILES_OF_MODELS = ("*.safetensors", "*.bin", "*.py", "*config.json", "vocab.json", "tokenizer.json", "*.txt", "*.model")
+FILES_OF_MODELS = ("*.safetensors", "*.py", "*config.json", "vocab.json", "tokenizer.json", "*.txt", "*.model")
 USUAL_SLICES = ("speaker", "source", "language")
 
 
 @dataclass
 class EvaluationArguments:
-    model: str = option("runs/ctc", "Folder or Hub name of a model with its processor.")
-    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+    model: str = option("runs/ctc", "Folder of a model with its processor, or user/name[@revision] on the Hub.")
     corpus: list[str] = option(["demo"], "Sources, as for scripts/pretrain.py.")
     split: str = option("test", "Split to score.")
     audio_column: str = option("audio", "Column with the audio.")
@@ -75,8 +73,6 @@ class EvaluationArguments:
             check_device(self.device)
         if self.add_to_card and not Path(self.model, "README.md").is_file():
             raise ValueError(f"add_to_card: there is no README.md in a folder {self.model!r}, expected a model's card")
-        if self.revision is not None and Path(self.model).is_dir():
-            raise ValueError(f"revision is for models on the Hub, and model {self.model!r} is a folder: leave it out")
         if self.restart and self.output_file is None:
             raise ValueError("restart: without output_file nothing is left of an interrupted run: leave it out")
 
@@ -91,18 +87,18 @@ def check_device(name: str) -> None:
 
 
 def run_identity(
-    args: EvaluationArguments, decoding: DecodingArguments, recording: RecordingArguments, corpus: datasets.Dataset
+    args: EvaluationArguments,
+    folder: str,
+    decoding: DecodingArguments,
+    recording: RecordingArguments,
+    corpus: datasets.Dataset,
 ) -> dict:
     """What the transcripts of a run depend on: two runs with the same may share them."""
     files = [] if decoding.lm is None else [Path(decoding.lm)]
-    if Path(args.model).is_dir():
-        model = {file for pattern in FILES_OF_MODELS for file in Path(args.model).glob(pattern)}
-        weights = _checksum(map(_state_of_file, sorted(model)))
-    else:
-        weights = extract_commit_hash(find_config(args), None)
+    model = {file for pattern in FILES_OF_MODELS for file in Path(folder).glob(pattern)}
     return {
         "model": hub.source_name(args.model),
-        "weights": weights,
+        "weights": _checksum(map(_state_of_file, sorted(model))),
         "decoding": _checksum([vars(decoding), vars(recording), *map(_state_of_file, files)]),
         "corpus": _checksum([*zip(corpus["id"], corpus["duration"])]),
     }
@@ -114,21 +110,6 @@ def _state_of_file(file: Path) -> tuple[str, int, int]:
 
 def _checksum(values: Iterable) -> str:
     return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:16]
-
-
-def find_config(args: EvaluationArguments) -> str:
-    """The configuration file of the model.
-
-    Raises:
-        FileNotFoundError: there is no such model or revision.
-    """
-    try:
-        return cached_file(args.model, "config.json", revision=args.revision)
-    except OSError as error:
-        at = f", revision {args.revision!r}" if args.revision else ""
-        raise FileNotFoundError(
-            f"no model {args.model!r}{at}: expected a folder with config.json, or a Hub name user/name ({error})"
-        ) from None
 
 
 def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], int]:
@@ -219,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     other = read_other_results(args.compare_with, args.text_normalization) if args.compare_with else None
     state = PartialState(cpu=args.device == "cpu")
     device = state.device if args.device == "auto" else torch.device(args.device)
-    find_config(args)
+    folder = hub.find_model(args.model)
     for file in filter(None, (args.output_file, args.report_file)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
 
@@ -228,10 +209,11 @@ def main(argv: list[str] | None = None) -> None:
         check_same_clips(other, dict(zip(corpus["id"], corpus["text"])), args.compare_with)
     log = None
     if args.output_file:
-        log = TranscriptLog(Path(args.output_file), run_identity(args, decoding, recording, corpus), args.restart)
+        log = TranscriptLog(
+            Path(args.output_file), run_identity(args, folder, decoding, recording, corpus), args.restart
+        )
     recognizer = SpeechRecognizer.from_pretrained(
-        args.model,
-        revision=args.revision,
+        folder,
         device=device,
         decoding=decoding,
         trust_remote_code=args.trust_remote_code,
@@ -241,7 +223,6 @@ def main(argv: list[str] | None = None) -> None:
         transcripts = describe_transcripts(corpus, records, columns, args.text_normalization)
         results = {
             "model": hub.source_name(args.model),
-            "revision": args.revision,
             "corpus": [hub.source_name(source) for source in args.corpus],
             "split": args.split,
             "text_normalization": args.text_normalization,
