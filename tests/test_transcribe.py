@@ -209,7 +209,7 @@ def test_words_of_utterances_have_the_times_of_the_recording(recognizer, clips, 
     file = write(tmp_path / "a.wav", np.concatenate([silence, clips[1], silence, clips[2]]))
     utterances = list(recognizer.transcribe_utterances(file))
     assert len(utterances) >= 2
-    assert utterances[0][0] == pytest.approx(1.7, abs=0.3)
+    assert 1.8 <= utterances[0][0] <= 2.2
     for start, end, transcript in utterances:
         assert all(start <= word.start < word.end <= end + 0.05 for word in transcript.words)
 
