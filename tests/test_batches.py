@@ -228,6 +228,21 @@ def test_ctc_collator_masks_and_labels(clips):
     assert "mask_feature_indices" not in plain
 
 
+def test_shifted_clip_follows_on_its_own_beginning_mirrored(clips):
+    collator = CTCCollator(frames, [[1]] * 5, max_shift=640)
+    shifts = set()
+    for item in make_items(clips):
+        shifted = collator.shift(item)["input_values"]
+        shift = len(shifted) - len(item["input_values"])
+        assert 0 <= shift < 640
+        assert (shifted[shift:] == item["input_values"]).all()
+        assert (shifted[:shift] == item["input_values"][:shift][::-1]).all()
+        assert (collator.shift(item)["input_values"] == shifted).all()
+        shifts.add(shift)
+    assert len(shifts) > 1
+    assert collator(make_items(clips))["input_values"].shape[1] >= max(map(len, clips))
+
+
 def views_of(batch, clip, num_views):
     lengths = batch["view_attention_mask"].sum(-1)
     rows = range(clip * num_views, (clip + 1) * num_views)

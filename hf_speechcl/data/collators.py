@@ -186,20 +186,31 @@ class PretrainingCollator:
 
 
 @dataclass(kw_only=True)
-class FineTuningMasks:
-    """Masks that are drawn over input to train on: spans of frames and bands of mel bins.
+class FineTuningCollator:
+    """What is drawn for clips to train on: where their frames begin, masked spans of frames and bands of mel bins.
 
     Args:
+        max_shift: up to so many samples are put before a clip, its own first ones mirrored, so that frames do not
+            always begin where the clip does; 0 for evaluation.
         mask_time_prob, mask_time_span: masked encoder frames, see `span_mask`; 0 for evaluation.
         num_mel_bins, num_feature_masks, mask_feature_span: mel bins, how many bands of them are masked, and their
             greatest width (Park et al. 2019, arXiv 1904.08779).
     """
 
+    max_shift: int = 0
     mask_time_prob: float = 0.0
     mask_time_span: int = 5
     num_mel_bins: int = 80
     num_feature_masks: int = 0
     mask_feature_span: int = 20
+
+    def shift(self, clip: dict) -> dict:
+        """The clip with samples before it."""
+        samples = clip["input_values"]
+        if samples is None or self.max_shift == 0:
+            return clip
+        num_samples = np.random.default_rng([*clip["seed"], 1]).integers(min(self.max_shift, len(samples)))
+        return clip | {"input_values": np.concatenate([samples[:num_samples][::-1], samples])}
 
     def add_masks(self, usable: list[dict], batch: dict[str, torch.Tensor], frame_length: Callable[[int], int]) -> None:
         """Add `mask_time_indices` (B, T) and `mask_feature_indices` (B, num_mel_bins), both bool, where asked for."""
@@ -215,7 +226,7 @@ class FineTuningMasks:
 
 
 @dataclass
-class CTCCollator(FineTuningMasks):
+class CTCCollator(FineTuningCollator):
     """Batches for `SpeechCLForCTC`: adds masks, `labels` (B, L), padded with -100, and `index` (B,), the clips' places
     in the data set.
 
@@ -228,7 +239,7 @@ class CTCCollator(FineTuningMasks):
     labels: list[list[int]]
 
     def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
-        usable, batch = begin_batch(clips)
+        usable, batch = begin_batch([self.shift(clip) for clip in clips])
         labels = [np.asarray(self.labels[clip["index"]], dtype=np.int64) for clip in usable] or [np.zeros(0, np.int64)]
         batch["labels"] = stack_rows(labels, max(len(row) for row in labels), -100)
         batch["index"] = torch.tensor([clip["index"] for clip in usable], dtype=torch.long)
@@ -237,7 +248,7 @@ class CTCCollator(FineTuningMasks):
 
 
 @dataclass
-class ClassificationCollator(FineTuningMasks):
+class ClassificationCollator(FineTuningCollator):
     """Batches for `SpeechCLForSequenceClassification`: adds masks, `labels` (B,) and `index` (B,), the clips' places in
     the data set.
 
@@ -250,7 +261,7 @@ class ClassificationCollator(FineTuningMasks):
     labels: list[int]
 
     def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
-        usable, batch = begin_batch(clips)
+        usable, batch = begin_batch([self.shift(clip) for clip in clips])
         batch["labels"] = torch.tensor([self.labels[clip["index"]] for clip in usable] or [-100])
         batch["index"] = torch.tensor([clip["index"] for clip in usable] or [-1])
         self.add_masks(usable, batch, self.frame_length)

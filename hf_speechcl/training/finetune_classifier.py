@@ -38,7 +38,7 @@ from .finetuning import (
     FineTuningArguments,
     FineTuningModelArguments,
     FineTuningTrainer,
-    MaskArguments,
+    RegularizationArguments,
     build_model,
     choose_trained,
     load_config,
@@ -62,11 +62,11 @@ The output folder loads by pipeline("audio-classification", model=FOLDER)."""
 
 
 @dataclass
-class ClassifierDataArguments(MaskArguments, ClipArguments, CorpusArguments):
+class ClassifierDataArguments(RegularizationArguments, ClipArguments, CorpusArguments):
     label_column: str = option("label", "Column with the class of every clip.")
 
     def __post_init__(self):
-        MaskArguments.__post_init__(self)
+        RegularizationArguments.__post_init__(self)
         ClipArguments.__post_init__(self)
 
 
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_to_push(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     config = load_config(model_args)
-    masks = data_args.masks(config)
+    regularization = data_args.regularization(config)
     keep_options(args, checkpoint, model_args, data_args)
 
     with args.main_process_first(desc="loading the corpus"):
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=clips[0],
         eval_dataset=clips[1],
         references=labels[1],
-        data_collator=ClassificationCollator(frame_length, labels[0], **masks),
+        data_collator=ClassificationCollator(frame_length, labels[0], **regularization),
         eval_collator=ClassificationCollator(frame_length, labels[1]),
         max_seconds_per_batch=data_args.max_seconds_per_batch,
         processing_class=Wav2Vec2FeatureExtractor(

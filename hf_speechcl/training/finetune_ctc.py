@@ -33,7 +33,7 @@ from .arguments import CorpusArguments, set_up_logging
 from .ctc_trainer import CTCTrainer, CTCTrainingArguments
 from .finetuning import (
     FineTuningModelArguments,
-    MaskArguments,
+    RegularizationArguments,
     build_model,
     choose_trained,
     frozen_steps,
@@ -67,7 +67,7 @@ changed in the texts."""
 
 
 @dataclass
-class CTCDataArguments(MaskArguments, CorpusArguments):
+class CTCDataArguments(RegularizationArguments, CorpusArguments):
     text_column: str = option("text", "Column with the transcript in parquet files, metadata and Hub data sets.")
     casing: str | None = option(None, "Of the text that is learnt: lower, upper or keep; lower by default.")
     punctuation: str | None = option(None, "remove (but for apostrophes within words) or keep; remove by default.")
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_to_push(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     config = load_config(model_args)
-    masks = data_args.masks(config)
+    regularization = data_args.regularization(config)
     policy = text_policy(data_args, config)
     if data_args.vocabulary is not None and is_recognizer(model_args):
         raise ValueError(
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=datasets[0],
         eval_dataset=datasets[1],
         references=references[1],
-        data_collator=CTCCollator(frame_length, labels[0], **masks),
+        data_collator=CTCCollator(frame_length, labels[0], **regularization),
         eval_collator=CTCCollator(frame_length, labels[1]),
         max_seconds_per_batch=data_args.max_seconds_per_batch,
         processing_class=processor,

@@ -59,7 +59,11 @@ class FineTuningModelArguments:
 
 
 @dataclass
-class MaskArguments:
+class RegularizationArguments:
+    max_shift: float = option(
+        0.04,
+        "Up to so many seconds are put before a clip, so that frames do not always begin where clips do; 0 for none.",
+    )
     mask_time_prob: float = option(0.3, "Length of all masked time spans together, as a share of the clip; 0 for none.")
     mask_time_span: float = option(0.2, "Length of a masked time span in seconds.")
     num_feature_masks: int = option(2, "Bands of mel bins that are masked in a clip; 0 for none.")
@@ -68,11 +72,11 @@ class MaskArguments:
     def __post_init__(self):
         if self.mask_time_span <= 0:
             raise ValueError(f"mask_time_span must be positive, found {self.mask_time_span}")
-        for name in ("mask_time_prob", "num_feature_masks", "mask_feature_span"):
+        for name in ("max_shift", "mask_time_prob", "num_feature_masks", "mask_feature_span"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
 
-    def masks(self, config: SpeechCLConfig) -> dict[str, float]:
+    def regularization(self, config: SpeechCLConfig) -> dict[str, float]:
         """Options of a collator of training batches.
 
         Raises:
@@ -81,6 +85,7 @@ class MaskArguments:
         if self.mask_feature_span > config.num_mel_bins:
             raise ValueError(f"mask_feature_span ({self.mask_feature_span}) exceeds the {config.num_mel_bins} mel bins")
         return {
+            "max_shift": round(self.max_shift * config.sampling_rate),
             "mask_time_prob": self.mask_time_prob,
             "mask_time_span": max(1, round(self.mask_time_span * config.sampling_rate / config.inputs_to_logits_ratio)),
             "num_mel_bins": config.num_mel_bins,
