@@ -7,9 +7,11 @@ COMMANDS = {
     "pretrain": ("training.pretrain", "train an encoder on audio without texts"),
     "make-units": ("training.make_units", "units for the objective hubert"),
     "finetune-ctc": ("training.finetune_ctc", "make a recogniser of an encoder with transcribed audio"),
+    "finetune-classifier": ("training.finetune_classifier", "make a classifier of an encoder with labelled audio"),
     "build-lm": ("language_model", "an n-gram for beam search, from texts"),
     "evaluate": ("evaluation.evaluate", "error rates of a recogniser on a corpus"),
     "transcribe": ("transcribe", "audio files of any length to text, JSON or subtitles"),
+    "publish": ("publish", "put a trained model on the Hub"),
 }
 
 

@@ -39,7 +39,7 @@ fi
 echo "3/4  Scoring both on the test split"
 score() {
   OMP_NUM_THREADS=1 "$python" scripts/evaluate.py --device cpu --model "$out/$1" --split test \
-    --output_file "$out/$1/test.json" > "$out/$1-test.log" 2>&1 || { tail -n 20 "$out/$1-test.log" >&2; return 1; }
+    --add_to_card True --output_file "$out/$1/test.json" > "$out/$1-test.log" 2>&1 || { tail -n 20 "$out/$1-test.log" >&2; return 1; }
 }
 score scratch &
 scratch=$!
