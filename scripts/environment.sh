@@ -9,7 +9,7 @@ if [ "$1" = lowest ]; then
   venv="${VENV:-$root/.venv-lowest}"
   mkdir -p "$venv"
   constraints="$venv/constraints.txt"
-  grep -oE '"[A-Za-z_-]+>=[0-9.]+' "$root/pyproject.toml" | grep -v setuptools | tr -d '"' | sed 's/>=/==/' | sort -u > "$constraints"
+  grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' "$root/pyproject.toml" | grep -v setuptools | tr -d '"' | sed 's/>=/==/' | sort -u > "$constraints"
 fi
 installed="$venv/installed-$(cat "$constraints" "$root/pyproject.toml" | sha256sum | cut -c1-16)"
 

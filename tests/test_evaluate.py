@@ -383,7 +383,7 @@ def test_scores_go_into_the_card_of_the_model_when_asked_for(labelled_folder, mo
         (["--add_to_card", "True", "--model", "user/name"], "add_to_card: there is no README.md in a folder 'user/na"),
         (["--restart", "True"], "restart: without output_file nothing is left"),
         (["--compare_with", "/no/such.json"], "compare_with: /no/such.json cannot be read"),
-        (["--model", "/no/such"], "no model '/no/such': expected a folder with config.json, or a Hub name"),
+        (["--model", "/no/such"], "no folder /no/such here, and no Hub name"),
         (["--slice_columns", "room"], "slice_columns: demo has nothing in room"),
         (["--slice_columns", "text"], "keep_columns: text would hide"),
     ],

@@ -94,7 +94,8 @@ def test_cards_are_complete_and_hold_the_numbers_of_the_run(road):
         results = json.loads((folder / "results.json").read_text())
         assert f"| eval_loss | {results['eval_loss']:.4g} |" in card.text
         assert str(road["folder"]) not in card.content
-        assert not re.search(r"\{\{|\}\}|\[More Information|None", card.content)
+        prose = re.sub(r"```.*?```", "", card.content, flags=re.DOTALL)
+        assert not re.search(r"\{\{|\}\}|\[More Information|None", prose)
         assert card.data.library_name == "transformers"
     result = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
     assert result["wer"] == pytest.approx(100 * results["eval_wer"], abs=0.01)
@@ -291,9 +292,9 @@ def test_accelerate_launch_runs_the_script(tmp_path):
 
 def test_pinned_versions_satisfy_the_ranges_of_the_package():
     pyproject = (ROOT / "pyproject.toml").read_text()
-    lowest = dict(re.findall(r'"([A-Za-z_-]+)>=([0-9.]+)', pyproject.split("[project]")[1]))
-    pinned = dict(re.findall(r"^([A-Za-z_-]+)==([0-9.]+)$", (ROOT / "scripts" / "constraints.txt").read_text(), re.M))
-    assert set(pinned) == set(lowest)
+    lowest = dict(re.findall(r'"([A-Za-z0-9_-]+)>=([0-9.]+)', pyproject.split("[project]")[1]))
+    pinned = dict(re.findall(r"^([A-Za-z0-9_-]+)==([0-9.]+)$", (ROOT / "scripts" / "constraints.txt").read_text(), re.M))
+    assert set(pinned) - {"pyctcdecode"} == set(lowest)  # installed on its own, see environment.sh
     for name, version in lowest.items():
         assert [int(part) for part in pinned[name].split(".")] >= [int(part) for part in version.split(".")]
 
