@@ -293,7 +293,8 @@ def test_accelerate_launch_runs_the_script(tmp_path):
 def test_pinned_versions_satisfy_the_ranges_of_the_package():
     pyproject = (ROOT / "pyproject.toml").read_text()
     lowest = dict(re.findall(r'"([A-Za-z0-9_-]+)>=([0-9.]+)', pyproject.split("[project]")[1]))
-    pinned = dict(re.findall(r"^([A-Za-z0-9_-]+)==([0-9.]+)$", (ROOT / "scripts" / "constraints.txt").read_text(), re.M))
+    constraints = (ROOT / "scripts" / "constraints.txt").read_text()
+    pinned = dict(re.findall(r"^([A-Za-z0-9_-]+)==([0-9.]+)$", constraints, re.M))
     assert set(pinned) - {"pyctcdecode"} == set(lowest)  # installed on its own, see environment.sh
     for name, version in lowest.items():
         assert [int(part) for part in pinned[name].split(".")] >= [int(part) for part in version.split(".")]
