@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled
+from transformers.training_args import OptimizerNames
 
 from . import __version__
 from .citations import bibtex
 from .configuration_speechcl import SpeechCLConfig
 from .data.audio import AudioError, read_sampling_rate
-from .data.folders import source_name
+from .data.folders import is_local, source_name
 from .pretraining import objective_options
 
 logger = logging.getLogger(__name__)
@@ -215,9 +216,10 @@ def describe_run(args, max_seconds_per_batch: float, runtime_seconds: float, num
         else f"{args.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
     )
     return (
-        f"{num_updates} updates of up to {batch:g} s of audio, {hours:.2f} hours in all with repetitions; AdamW, "
-        f"highest learning rate {args.learning_rate:g}, {precision}, seed {args.seed}. {runtime_seconds / 60:.1f} "
-        f"minutes{since} on {args.world_size} process(es), device {device}. hf_speechcl {__version__}, {packages}."
+        f"{num_updates} updates of up to {batch:g} s of audio, {hours:.2f} hours in all with repetitions; optimizer "
+        f"{OptimizerNames(args.optim).value}, highest learning rate {args.learning_rate:g}, {precision}, "
+        f"seed {args.seed}. {runtime_seconds / 60:.1f} minutes{since} on {args.world_size} process(es), device {device}. "
+        f"hf_speechcl {__version__}, {packages}."
     )
 
 
@@ -400,7 +402,7 @@ def write_card(
         "chunks": describe_chunks(config),
     }
     usage = re.sub(r"\{(\w+)\}", lambda field: str(values[field[1]]), usage)
-    on_hub = [source.partition(":")[0] for source in dict.fromkeys(sources) if source_name(source) == source != "demo"]
+    on_hub = [name.partition(":")[0] for name in dict.fromkeys(sources) if name != "demo" and not is_local(name)]
     card_data = ModelCardData(
         license=args.license,
         language=args.language or (["en"] if set(sources) == {"demo"} else None),
@@ -432,4 +434,4 @@ def write_card(
 def hub_name(model: str | None) -> str | None:
     """The name on the Hub, without a revision, of a model that was not read from a folder."""
     name = (model or "").partition("@")[0]
-    return name if name.count("/") == 1 and source_name(name) == name else None
+    return name if name.count("/") == 1 and not is_local(name) else None

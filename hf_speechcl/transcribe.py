@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -77,12 +78,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.output_dir is None and args.format in ("srt", "vtt") and len(recordings) > 1:
         sys.exit(f"error: {len(recordings)} files: --format {args.format} needs --output_dir")
     logging.basicConfig(format="%(levelname)s %(message)s")
-    recognizer = SpeechRecognizer.from_pretrained(
-        args.model,
-        device=args.device,
-        decoding=decoding,
-        trust_remote_code=args.trust_remote_code,
-    )
+    try:
+        recognizer = SpeechRecognizer.from_pretrained(
+            args.model, device=args.device, decoding=decoding, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    stems = Counter(Path(name).with_suffix("") for name in recordings)
     num_bad = 0
     for name, file in recordings.items():
         try:
@@ -93,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         output = render(name, utterances, args.format)
         if args.output_dir is not None:
-            target = Path(args.output_dir, name).with_suffix(SUFFIXES[args.format])
+            stem = Path(name).with_suffix("")
+            whole = stem if stems[stem] == 1 else Path(name)  # talk.wav and talk.flac do not share a transcript
+            target = Path(args.output_dir, f"{whole}{SUFFIXES[args.format]}")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(output, encoding="utf-8")
         elif args.format == "text" and len(recordings) > 1:

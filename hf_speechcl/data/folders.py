@@ -21,10 +21,15 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".ai
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
+def is_local(source: str) -> bool:
+    """Whether a corpus or model is a path here, rather than a name on the Hub."""
+    path = Path(source).expanduser()
+    return path.is_absolute() or path.exists()
+
+
 def source_name(source: str) -> str:
     """A corpus or model as a file for others may name it: a Hub name as it is, a local path by its last part."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.is_absolute() or path.exists() else source
+    return Path(source).expanduser().resolve().name if is_local(source) else source
 
 
 def without_folders(value):

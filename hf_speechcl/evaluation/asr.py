@@ -27,7 +27,7 @@ def edit_counts(references: list[str], hypotheses: list[str], characters: bool =
     return np.array([errors, lengths], dtype=np.int64).T.reshape(-1, 2)
 
 
-def _resample(counts: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
+def resample(counts: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
     """Sums (num_resamples, C) of the rows of (N, C), drawn with replacement N at a time."""
     rng = np.random.default_rng(seed)
     shares = np.full(len(counts), 1 / len(counts))
@@ -42,7 +42,7 @@ def bootstrap_interval(counts: np.ndarray, num_resamples: int = 1000, seed: int 
     Args:
         counts: (N, 2), as `edit_counts` gives them.
     """
-    errors, lengths = _resample(counts, num_resamples, seed).T
+    errors, lengths = resample(counts, num_resamples, seed).T
     low, high = np.percentile(errors / np.maximum(lengths, 1), [2.5, 97.5])
     return float(low), float(high)
 
@@ -66,7 +66,7 @@ def paired_bootstrap(counts: np.ndarray, others: np.ndarray, num_resamples: int 
         return (sums[:, 0] - sums[:, 2]) / np.maximum(sums[:, 1], 1)
 
     both = np.concatenate([counts, others], axis=1)
-    resampled = differences(_resample(both, num_resamples, seed))
+    resampled = differences(resample(both, num_resamples, seed))
     low, high = np.percentile(resampled, [2.5, 97.5])
     return {
         "difference": float(differences(both.sum(0, keepdims=True))[0]),

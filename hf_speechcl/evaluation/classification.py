@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from .asr import resample
+
 
 def classification_rates(
     predictions: list[int], references: list[int], num_resamples: int = 1000, seed: int = 0
@@ -9,7 +11,8 @@ def classification_rates(
     """Accuracy and macro-averaged F1 with bootstrap 95% intervals, clips resampled with replacement.
 
     Args:
-        predictions, references: class of every clip.
+        predictions: class of every clip, -1 where there is none; it counts as wrong.
+        references: class of every clip.
 
     Returns:
         `accuracy`, `macro_f1`, both with `_low` and `_high`; `majority`, the accuracy of always naming the references'
@@ -18,16 +21,14 @@ def classification_rates(
     predictions, references = np.asarray(predictions), np.asarray(references)
     if len(references) == 0:
         raise ValueError("there is no clip to score")
-    classes = np.unique(np.concatenate([predictions, references]))
+    classes = np.unique(np.concatenate([predictions[predictions >= 0], references]))
     named, true = predictions[:, None] == classes, references[:, None] == classes  # (N, C)
-    counts = [(named & true).astype(float), named.astype(float), true.astype(float)]
-    num_clips = len(references)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(num_clips, np.full(num_clips, 1 / num_clips), size=num_resamples).astype(float)
+    counts = np.concatenate([named & true, named, true], axis=1).astype(np.int64)  # (N, 3 * C)
+    resampled = resample(counts, num_resamples, seed)
     rates = {}
     for name, rate in (("accuracy", _accuracy), ("macro_f1", _macro_f1)):
-        rates[name] = float(rate(*(count.sum(0) for count in counts)))
-        low, high = np.percentile(rate(*(draws @ count for count in counts)), [2.5, 97.5])
+        rates[name] = float(rate(*np.split(counts.sum(0), 3)))
+        low, high = np.percentile(rate(*np.split(resampled, 3, axis=-1)), [2.5, 97.5])
         rates[f"{name}_low"], rates[f"{name}_high"] = float(low), float(high)
     return rates | {"majority": float(true.mean(0).max())}
 

@@ -41,6 +41,7 @@ from .finetuning import (
     RegularizationArguments,
     build_model,
     choose_trained,
+    describe_finetuning,
     load_config,
 )
 from .trainer import find_checkpoint, keep_options, prepare_to_push
@@ -210,8 +211,7 @@ def write_classifier_card(
             for split, data in [("train", trainer.train_dataset), ("validation", trainer.eval_dataset)]
         ],
         model=describe_model(config, trainer.model.num_parameters()),
-        training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}; time masks "
-        f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. "
+        training=f"{describe_finetuning(trainer, model_args, data_args)} "
         + describe_run(
             args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step, trainer.audio_hours
         ),

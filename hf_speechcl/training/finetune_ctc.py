@@ -36,7 +36,7 @@ from .finetuning import (
     RegularizationArguments,
     build_model,
     choose_trained,
-    frozen_steps,
+    describe_finetuning,
     load_config,
 )
 from .trainer import find_checkpoint, keep_options, prepare_to_push
@@ -183,13 +183,11 @@ def write_recognizer_card(
             for split, data in [("train", trainer.train_dataset), ("validation", validation)]
         ],
         model=describe_model(config, trainer.model.num_parameters()),
-        training=f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}, encoder frozen for the "
-        f"first {frozen_steps(args.freeze_encoder_steps, trainer.state.max_steps)} updates; time masks "
-        f"{data_args.mask_time_prob:g}, mel masks {data_args.num_feature_masks}. Text: {policy}. "
+        training=f"{describe_finetuning(trainer, model_args, data_args)} Text: {policy}. "
         + describe_run(
             args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step, trainer.audio_hours
         ),
-        results="At the end of training, on the validation clips; error rates are shares, with bootstrap 95% intervals "
+        results="On the validation clips; error rates are shares, with bootstrap 95% intervals "
         "(`_low`, `_high`):\n\n" + metrics_table(metrics) + "\n\nError rates with 95% intervals over clips:",
         limits=describe_limits(trainer.train_dataset.hours)
         + " It writes what it was taught to write, without a language model, and makes up words where speech is "

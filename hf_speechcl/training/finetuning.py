@@ -10,6 +10,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..command_line import option
 from ..configuration_speechcl import SIZES, SpeechCLConfig
+from ..data.folders import source_name
 from ..hub import find_model
 from ..modeling_speechcl import SpeechCLHeadModel
 from .arguments import SpeechTrainingArguments, parse_config_options
@@ -189,6 +190,38 @@ def choose_trained(
     return tuner
 
 
+def describe_finetuning(trainer: "FineTuningTrainer", model_args: FineTuningModelArguments, data_args) -> str:
+    """What a card says of how a model was fine-tuned, apart from batches, time and packages.
+
+    Args:
+        data_args: with `RegularizationArguments`.
+    """
+    args, num_updates = trainer.args, trainer.state.max_steps
+    frozen = frozen_steps(args.freeze_encoder_steps, num_updates)
+    origin = "from scratch" if model_args.is_from_scratch else f"from `{source_name(model_args.model)}`"
+    parts = [f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}"]
+    if model_args.lora_rank:
+        targets = ", ".join(model_args.lora_targets)
+        parts.append(f"adapters of rank {model_args.lora_rank} (LoRA) at {targets}, merged into the weights")
+    if args.layer_decay < 1:
+        parts.append(f"learning rates fall by {args.layer_decay:g} from layer to layer")
+    if frozen:
+        parts.append(f"encoder frozen for {'all' if frozen >= num_updates else f'the first {frozen}'} updates")
+    if trainer.model.config.use_weighted_layer_sum:
+        parts.append("the head sees a learned weighted mean of all layers")
+    parts.append(
+        f"clips begin up to {data_args.max_shift:g} s later, time masks {data_args.mask_time_prob:g} of "
+        f"{data_args.mask_time_span:g} s, {data_args.num_feature_masks} mel masks up to {data_args.mask_feature_span}"
+    )
+    text = "; ".join(parts) + "."
+    if trainer.taken_update < trainer.state.global_step:
+        text += (
+            f" The weights are those of update {trainer.taken_update}, the best of all checkpoints by "
+            f"{args.metric_for_best_model} on the validation clips, so results on these are a little too good."
+        )
+    return text
+
+
 class ValidateLast(TrainerCallback):
     """Validates after the last update, so that the last checkpoint may be the best."""
 
@@ -201,6 +234,12 @@ class FineTuningTrainer(SpeechTrainer):
     """Trains an encoder with a head: learning rates by depth, a frozen beginning, the best checkpoint at the end."""
 
     args: FineTuningArguments
+
+    @property
+    def taken_update(self) -> int:
+        """The update whose weights the model has when training is over."""
+        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return self.state.best_global_step if is_best else self.state.global_step
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
