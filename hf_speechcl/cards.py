@@ -218,8 +218,8 @@ def describe_run(args, max_seconds_per_batch: float, runtime_seconds: float, num
     return (
         f"{num_updates} updates of up to {batch:g} s of audio, {hours:.2f} hours in all with repetitions; optimizer "
         f"{OptimizerNames(args.optim).value}, highest learning rate {args.learning_rate:g}, {precision}, "
-        f"seed {args.seed}. {runtime_seconds / 60:.1f} minutes{since} on {args.world_size} process(es), device {device}. "
-        f"hf_speechcl {__version__}, {packages}."
+        f"seed {args.seed}. {runtime_seconds / 60:.1f} minutes{since} on {args.world_size} process(es), device "
+        f"{device}. hf_speechcl {__version__}, {packages}."
     )
 
 
