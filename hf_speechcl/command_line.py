@@ -39,7 +39,7 @@ def parse_arguments(types: list[type], description: str, argv: list[str] | None 
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)} (see --help)")

@@ -51,11 +51,14 @@ class DecodingArguments:
     )
 
     def __post_init__(self):
-        if self.beam_width < 0:
+        if self.beam_width < 1:
             raise ValueError(f"beam_width must be 1 (greedy) or more, found {self.beam_width}")
         for name in ("lm", "hot_words"):
             if getattr(self, name) and not self.uses_beam:
                 raise ValueError(f"{name} needs beam search: set beam_width, to 100 for instance")
+        for name, needed in {"lm_weight": "lm", "word_bonus": "lm", "hot_word_weight": "hot_words"}.items():
+            if not getattr(self, needed) and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name}={getattr(self, name):g} does nothing without {needed}: leave it out")
         if self.lm is not None and not Path(self.lm).is_file():
             raise FileNotFoundError(f"lm: no file {self.lm}")
         if self.lm_weight < 0:

@@ -23,12 +23,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .cards import CARD, CURVES, error_rate_results, fill_results, rename_model, result_key
-from .data.folders import source_name
 from .modeling_speechcl import REMOTE_CODE
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["add_results", "find_model", "prepare_repository", "publish", "published_files", "source_name"]
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE = ("configuration_speechcl.py", "modeling_speechcl.py")
@@ -149,7 +146,7 @@ def prepare_repository(
     api = HfApi(token=token)
     with _explained(repo_id):
         validate_repo_id(repo_id)
-        user = api.whoami()
+        user = _retry(api.whoami)
         role = user.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise PermissionError(

@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+from huggingface_hub.utils import validate_repo_id
+
 from .command_line import option, parse_arguments
 from .hub import publish, published_files
 
@@ -36,6 +38,14 @@ def main(argv: list[str] | None = None) -> None:
     named = [word for pair in zip(("--folder", "--name"), given) for word in pair]
     (args,) = parse_arguments([PublishArguments], DESCRIPTION, named + argv[len(given) :])
     logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        validate_repo_id(args.name)
+        _publish(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _publish(args: PublishArguments) -> None:
     files = published_files(args.folder)
     print(f"{args.name}{f', branch {args.revision}' if args.revision else ''}:")
     for file in files:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A tiny local stand-in for the Hugging Face Hub, for tests. The standard library and PyYAML.
+"""A tiny local stand-in for the Hugging Face Hub, for tests. The standard library, PyYAML and the package's list of licences.
 
     python local_hub.py --port 8899 --root hub_root [--lfs-threshold 1000000] [--log requests.jsonl]
 

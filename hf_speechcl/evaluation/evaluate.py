@@ -15,6 +15,7 @@ from accelerate import PartialState
 from .. import hub
 from ..command_line import option, parse_arguments
 from ..data import load_corpus
+from ..data.folders import source_name
 from ..decoding import DecodingArguments
 from ..recognizer import SpeechRecognizer
 from ..recordings import RecordingArguments
@@ -97,7 +98,7 @@ def run_identity(
     files = [] if decoding.lm is None else [Path(decoding.lm)]
     model = {file for pattern in FILES_OF_MODELS for file in Path(folder).glob(pattern)}
     return {
-        "model": hub.source_name(args.model),
+        "model": source_name(args.model),
         "weights": _checksum(map(_state_of_file, sorted(model))),
         "decoding": _checksum([vars(decoding), vars(recording), *map(_state_of_file, files)]),
         "corpus": _checksum([*zip(corpus["id"], corpus["duration"])]),
@@ -222,8 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         transcripts = describe_transcripts(corpus, records, columns, args.text_normalization)
         results = {
-            "model": hub.source_name(args.model),
-            "corpus": [hub.source_name(source) for source in args.corpus],
+            "model": source_name(args.model),
+            "corpus": [source_name(source) for source in args.corpus],
             "split": args.split,
             "text_normalization": args.text_normalization,
             "decoding": str(decoding),

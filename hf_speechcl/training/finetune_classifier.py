@@ -197,6 +197,7 @@ def write_classifier_card(
                 dataset_name=corpus_name,
                 dataset_split="validation",
                 metric_type=metric,
+                metric_name=name.replace("_", "-averaged ").replace("f1", "F1"),
                 metric_value=round(100 * metrics[f"eval_{name}"], 2),
                 metric_args={
                     "clips": len(trainer.eval_dataset),
@@ -226,10 +227,10 @@ def main(argv: list[str] | None = None) -> None:
         [FineTuningModelArguments, ClassifierDataArguments, ClassifierTrainingArguments], DESCRIPTION, argv
     )
     set_up_logging(args)
-    prepare_to_push(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     config = load_config(model_args)
     regularization = data_args.regularization(config)
+    prepare_to_push(args)
     keep_options(args, checkpoint, model_args, data_args)
 
     with args.main_process_first(desc="loading the corpus"):

@@ -104,7 +104,10 @@ def text_policy(data_args: CTCDataArguments, config: SpeechCLConfig) -> TextPoli
         "language": data_args.text_language,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    return TextPolicy(**{**(config.text_policy or {}), **given})
+    policy = TextPolicy(**{**(config.text_policy or {}), **given})
+    if data_args.text_language is not None and policy.digits != "words":
+        raise ValueError(f"text_language={data_args.text_language} is for digits=words: add --digits words")
+    return policy
 
 
 def is_recognizer(model_args: FineTuningModelArguments) -> bool:
@@ -200,7 +203,6 @@ def main(argv: list[str] | None = None) -> None:
         [FineTuningModelArguments, CTCDataArguments, CTCTrainingArguments], DESCRIPTION, argv
     )
     set_up_logging(args)
-    prepare_to_push(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     config = load_config(model_args)
     regularization = data_args.regularization(config)
@@ -210,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             f"vocabulary={data_args.vocabulary}, but {model_args.model} is a recogniser with a vocabulary: leave it "
             "out, or fine-tune the encoder that it was made from"
         )
+    prepare_to_push(args)
     keep_options(args, checkpoint, model_args, data_args)
 
     with args.main_process_first(desc="loading the corpus"):

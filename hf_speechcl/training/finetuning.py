@@ -44,6 +44,8 @@ class FineTuningModelArguments:
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha must be positive, found {self.lora_alpha}")
         check_targets(self.lora_targets)
+        if not self.lora_rank and (self.lora_alpha is not None or self.lora_targets != ["q_proj", "v_proj"]):
+            raise ValueError("lora_alpha and lora_targets do nothing without lora_rank: give it, or leave them out")
         if self.lora_rank:
             import_peft()
             if self.is_from_scratch:

@@ -173,7 +173,6 @@ def main(argv: list[str] | None = None) -> None:
         [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], DESCRIPTION, argv
     )
     set_up_logging(args)
-    prepare_to_push(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     set_seed(args.seed)
     units = None if data_args.units is None else Units.load(data_args.units)
@@ -182,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         check_units(units, checkpoint)
     check_options(data_args, model)
     config = model.config
+    prepare_to_push(args)
     keep_options(args, checkpoint, model_args, data_args)
 
     with args.main_process_first(desc="loading the corpus"):

@@ -243,7 +243,7 @@ class SpeechTrainer(Trainer):
         super().save_model(output_dir, _internal_call=True)  # not yet pushed: its card is not written
 
     def init_hf_repo(self, token=None, private=None) -> None:
-        self.hub_model_id = self.args.hub_model_id  # `prepare_to_push` made it before anything was loaded
+        self.hub_model_id = self.args.hub_model_id  # `prepare_to_push` made it when the options had been read
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: cards.py writes the card, which knows what was trained on what."""
