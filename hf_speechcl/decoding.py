@@ -14,6 +14,7 @@ from .language_model import read_words
 
 WORD_START = "▁"  # begins the pieces of subword vocabularies that begin a word
 ALIGNMENT_MARGIN = 25  # frames
+MIN_LOG_PROB = math.log(1e-15)  # beneath which pyctcdecode takes no posterior
 INSTALL_LM = "pip install 'hf_speechcl[lm]' && pip install --no-deps pyctcdecode"
 
 
@@ -159,6 +160,13 @@ class GreedyDecoder:
         return _transcript([word for word in words if word.text])
 
 
+class _WordStart(str):
+    """The piece "▁" for pyctcdecode, which after a piece that ends so begins a word in whatever hypothesis is next."""
+
+    def __getitem__(self, key):
+        return "" if key == slice(-1, None) else super().__getitem__(key)
+
+
 class BeamDecoder:
     """Prefix beam search with an n-gram and hot words (Hannun et al. 2014), by pyctcdecode.
 
@@ -212,7 +220,8 @@ class BeamDecoder:
                     return score, state
 
             language_model = WithHotWords(ngram, words, alpha=arguments.lm_weight, beta=arguments.word_bonus)
-        self.search = BeamSearchDecoderCTC(Alphabet(["", *pieces], is_subword), language_model)
+        labels = [_WordStart(piece) if piece == WORD_START else piece for piece in pieces]
+        self.search = BeamSearchDecoderCTC(Alphabet(["", *labels], is_subword), language_model)
 
     def __del__(self):
         if hasattr(self, "search"):
@@ -242,22 +251,26 @@ class BeamDecoder:
             frames = slice(left, right)
             tokens = [
                 (token, left + first, left + last)
-                for token, first, last in self._align(text, log_probs[frames], blank[frames, 0], between[frames])
+                for token, first, last in self._align(
+                    text, log_probs[frames], blank[frames, 0], between[frames], is_first=not words
+                )
             ]
             words.append(_word(text, tokens, log_probs, self.seconds_per_frame))
             left = tokens[-1][2]
         return _transcript(words)
 
     def _align(
-        self, word: str, log_probs: np.ndarray, blank: np.ndarray, between: np.ndarray
+        self, word: str, log_probs: np.ndarray, blank: np.ndarray, between: np.ndarray, is_first: bool = False
     ) -> list[tuple[int, int, int]]:
         """The most probable tokens that spell a word, each with its first frame and last frame + 1.
 
         Args:
             log_probs, blank: (T, V) and (T,), around the word.
             between: (T,) log-probability of what stands between words.
+            is_first: of the text, which may begin without "▁".
         """
         text = self.word_start + word
+        begins = {0, len(self.word_start)} if is_first else {0}
         states: list[tuple[int | None, int, int]] = [(None, begin, begin) for begin in range(len(text) + 1)]
         for begin in range(len(text)):
             for end in range(begin + 1, min(begin + self.longest_piece, len(text)) + 1):
@@ -276,7 +289,8 @@ class BeamDecoder:
         ]
         emission = np.stack([blank if token is None else log_probs[:, token] for token, _, _ in states], axis=1)
         emission[:, [0, len(text)]] = between[:, None]
-        score = np.where([begin == 0 for _, begin, _ in states], emission[0], -np.inf)
+        emission = np.maximum(emission, MIN_LOG_PROB)
+        score = np.where([begin in begins for _, begin, _ in states], emission[0], -np.inf)
         pointers = []
         for frame in emission[1:]:
             pointers.append([max(options, key=score.__getitem__) for options in before])

@@ -6,9 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from .command_line import option, parse_arguments
 from .data import load_corpus
-from .text import normalize_text
+from .hub import find_model
+from .text_policy import TextPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -18,22 +21,24 @@ FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 
 DESCRIPTION = """Estimate a word n-gram (interpolated modified Kneser-Ney) from texts, for beam search.
 
-    python scripts/build_lm.py --corpus demo --exclude_corpus demo --output_file lm.arpa
-    python scripts/build_lm.py --text_files book.txt --corpus my_labelled_audio --order 4 --output_file lm.arpa
+    python scripts/build_lm.py --model runs/ctc --corpus demo --exclude_corpus demo --output_file lm.arpa
+    python scripts/build_lm.py --model runs/ctc --text_files book.txt --corpus my_labelled_audio --output_file lm.arpa
     python -m hf_speechcl transcribe runs/ctc speech.wav --beam_width 100 --lm lm.arpa
 
-The words must be spelled as the recogniser writes them: give the text_normalization that it was fine-tuned with. The
-text is held in memory; some ten million words are well."""
+The words must be spelled as the recogniser writes them: give the model, and what was done to the texts that it was
+fine-tuned on (casing, punctuation, digits) is done to these. The text is held in memory; some ten million words are
+well."""
 
 
 @dataclass
 class LanguageModelArguments:
+    model: str | None = option(
+        None, "Recogniser to build it for, a folder or Hub name; without, texts in lower case without punctuation."
+    )
     text_files: list[str] = option([], "Text files in UTF-8, a sentence on each line.")
     corpus: list[str] = option([], "Sources as for scripts/finetune_ctc.py, whose texts are taken.")
     split: str = option("train", "Split of the corpus.")
     text_column: str = option("text", "Column with the text.")
-    text_normalization: str = option("basic", "As for scripts/finetune_ctc.py.")
-    upper_case: bool = option(False, "Upper case, for recognisers that write it.")
     order: int = option(3, f"Longest n-grams, 2 to {MAX_ORDER}.")
     exclude_corpus: list[str] = option([], "Sources whose texts must not be in the n-gram, to be scored on.")
     exclude_splits: list[str] = option(["test"], "Splits of exclude_corpus.")
@@ -46,11 +51,6 @@ class LanguageModelArguments:
             raise ValueError(f"order must be 2 to {MAX_ORDER}, found {self.order}")
         if missing := [file for file in self.text_files if not Path(file).is_file()]:
             raise FileNotFoundError(f"text_files: no file {', '.join(missing)}")
-        normalize_text("", self.text_normalization)
-
-    def normalize(self, text: str | None) -> str:
-        text = normalize_text(text or "", self.text_normalization)
-        return text.upper() if self.upper_case else text
 
 
 @dataclass
@@ -163,26 +163,51 @@ def read_words(file: str | Path) -> set[str] | None:
     return words - {BEGIN, END, UNKNOWN}
 
 
+def text_policy_of(model: str) -> TextPolicy:
+    """What was done to the texts that a recogniser was fine-tuned on.
+
+    Args:
+        model: its folder or Hub name.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: its configuration does not tell.
+    """
+    policy = getattr(AutoConfig.from_pretrained(find_model(model), trust_remote_code=False), "text_policy", None)
+    if policy is None:
+        raise ValueError(
+            f"model: config.json of {model} has no text_policy, which finetune_ctc.py writes: leave model out to "
+            f"take the texts with {TextPolicy()}"
+        )
+    return TextPolicy(**policy)
+
+
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments([LanguageModelArguments], DESCRIPTION, argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
+    policy = text_policy_of(args.model) if args.model is not None else TextPolicy()
+    print(f"texts: {policy}")
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     texts = []
     for file in args.text_files:
         texts += Path(file).read_text(encoding="utf-8").splitlines()
     if args.corpus:
         texts += load_corpus(args.corpus, args.split, text_column=args.text_column, require_text=True)["text"]
-    texts = [text for text in map(args.normalize, texts) if text]
+    texts = [text for text in texts if text and policy(text)]
+    given = [policy(text) for text in texts if not policy.leaves_out(text)]
+    if without := len(texts) - len(given):
+        print(f"{without} of {len(texts)} sentences are left out for their digits")
     excluded = {
-        args.normalize(text)
+        policy(text)
         for split in args.exclude_splits
         for source in args.exclude_corpus
         for text in load_corpus(source, split, text_column=args.text_column, require_text=True)["text"]
+        if text
     }
-    kept = [text for text in texts if text not in excluded]
+    kept = [text for text in given if text not in excluded]
     if args.exclude_corpus:
         print(
-            f"{len(texts) - len(kept)} of {len(texts)} sentences are left out, as they are texts of "
+            f"{len(given) - len(kept)} of {len(given)} sentences are left out, as they are texts of "
             f"{', '.join(args.exclude_splits)} of the excluded corpora"
         )
     ngram = estimate([text.split() for text in kept], args.order)

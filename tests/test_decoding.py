@@ -11,7 +11,8 @@ from transformers import ParakeetTokenizer
 
 from hf_speechcl.ctc import build_processor
 from hf_speechcl.decoding import DecodingArguments, build_decoder, join_transcripts
-from hf_speechcl.language_model import LanguageModelArguments, estimate, main, read_words
+from hf_speechcl.language_model import LanguageModelArguments, estimate, main, read_words, text_policy_of
+from hf_speechcl.text_policy import TextPolicy
 
 try:
     import kenlm
@@ -145,6 +146,53 @@ def test_alignment_of_a_word_is_the_best_of_all(seed):
             runs.append((token, frame, frame + length))
         frame += length
     assert found == runs
+
+
+@needs_lm
+@pytest.mark.parametrize("with_lm", [False, True])
+@pytest.mark.parametrize("vocabulary", ["unigram", "bpe"])
+def test_words_of_any_posteriors_have_times_in_order(vocabulary, with_lm, tmp_path):
+    tokenizer = build_processor([" ".join(words) for words in SENTENCES], 16000, vocabulary, 24).tokenizer
+    estimate(SENTENCES, 2).save(tmp_path / "lm.arpa")
+    arguments = DecodingArguments(beam_width=10, lm=str(tmp_path / "lm.arpa") if with_lm else None)
+    decoder = build_decoder(tokenizer, 1, arguments)
+    num_continued = 0
+    for seed in range(150):
+        frames = (1, 2, 3, 5, 8, 60)[seed % 6]
+        log_probs = random_log_probs(len(tokenizer), seed, frames)
+        if seed % 4 == 0:
+            log_probs[log_probs < -5] = -np.inf
+        words = decoder.decode(log_probs).words
+        times = [time for word in words for time in (word.start, word.end)]
+        assert times == sorted(times)
+        assert all(0 <= word.start < word.end <= frames and 0 <= word.confidence <= 1 for word in words), seed
+        first = tokenizer.convert_ids_to_tokens(int(log_probs[0].argmax()))
+        num_continued += bool(words) and not first.startswith("▁")
+    assert num_continued > 10
+
+
+@needs_lm
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["t"], [("t", 0, 1)]),
+        (["[PAD]", "he", "[PAD]", "▁the"], [("he", 1, 2), ("the", 3, 4)]),
+        (["▁", "he", "[PAD]", "▁the"], [("he", 0, 2), ("the", 3, 4)]),
+    ],
+)
+def test_the_first_word_may_begin_without_a_word_start(tokens, expected):
+    tokenizer = pieces()
+    transcript = build_decoder(tokenizer, 1, DecodingArguments(beam_width=10)).decode(sure_of(tokenizer, tokens))
+    assert [(word.text, word.start, word.end) for word in transcript.words] == expected
+    assert transcript.confidence == pytest.approx(0.9)
+
+
+@needs_lm
+def test_an_unlikely_word_start_breaks_no_word():
+    tokenizer = pieces()
+    log_probs = sure_of(tokenizer, ["▁c", "a", "t", "s", "[PAD]"], 0.95)
+    log_probs[:, tokenizer.convert_tokens_to_ids("▁")] = np.log(0.04)
+    assert build_decoder(tokenizer, 1, DecodingArguments(beam_width=10)).decode(log_probs).text == "cats"
 
 
 @needs_lm
@@ -294,6 +342,29 @@ def test_marks_of_the_arpa_format_are_no_words():
         estimate([["a", "<s>"]], 2)
     with pytest.raises(ValueError, match="no sentences"):
         estimate([], 2)
+
+
+def test_build_lm_spells_words_as_the_model_does_and_leaves_out_the_texts_to_be_scored(
+    config, tmp_path, audio_folder, capsys
+):
+    config.text_policy = TextPolicy(casing="upper", digits="leave_out").to_dict()
+    config.save_pretrained(tmp_path / "model")
+    text = tmp_path / "book.txt"
+    text.write_text("Something else.\nChapter 7\nTEXT, number nine\n", encoding="utf-8")
+    scored = ["file_name,text", *(f"clip{number}.wav,Text number nine!" for number in range(4))]
+    (audio_folder / "metadata.csv").write_text("\n".join(scored), encoding="utf-8")
+    options = ["--model", tmp_path / "model", "--text_files", text, "--order", "2", "--output_file", tmp_path / "lm"]
+    main([*map(str, options), "--exclude_corpus", str(audio_folder), "--exclude_splits", "train"])
+    printed = capsys.readouterr().out
+    assert "1 of 3 sentences are left out for their digits" in printed
+    assert "1 of 2 sentences are left out, as they are texts of train" in printed
+    assert read_words(tmp_path / "lm") == {"SOMETHING", "ELSE"}
+
+
+def test_a_model_that_does_not_tell_what_was_done_to_its_texts_builds_no_ngram(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no text_policy"):
+        text_policy_of(str(tmp_path))
 
 
 def test_build_lm_leaves_out_the_texts_to_be_scored(tmp_path, audio_folder, capsys):

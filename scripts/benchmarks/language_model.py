@@ -24,6 +24,7 @@ from hf_speechcl.evaluation.asr import SpeechErrorRates  # noqa: E402
 from hf_speechcl.language_model import estimate  # noqa: E402
 from hf_speechcl.recognizer import SpeechRecognizer  # noqa: E402
 from hf_speechcl.text import normalize_text  # noqa: E402
+from hf_speechcl.text_policy import TextPolicy  # noqa: E402
 
 
 @dataclass
@@ -42,12 +43,17 @@ def main() -> None:
     (args,) = parse_arguments([Arguments], __doc__)
     recognizer = SpeechRecognizer.from_pretrained(args.model, device=args.device)
     texts = {split: [load_corpus(source, split) for source in args.corpus] for split in ("train", "validation", "test")}
+    policy = TextPolicy(**(getattr(recognizer.model.config, "text_policy", None) or {}))
     held_out = {
-        normalize_text(text) for split in ("validation", "test") for part in texts[split] for text in part["text"]
+        policy(text) for split in ("validation", "test") for part in texts[split] for text in part["text"] if text
     }
-    train = [normalize_text(text) for part in texts["train"] for text in part["text"] if text]
-    kept = [text.split() for text in train if text and text not in held_out]
-    print(f"n-gram of {len(kept)} of {len(train)} training texts; the others are texts of validation or test too")
+    train = [text for part in texts["train"] for text in part["text"] if text and policy(text)]
+    usable = [policy(text) for text in train if not policy.leaves_out(text)]
+    kept = [text.split() for text in usable if text not in held_out]
+    print(
+        f"n-gram of {len(kept)} of {len(train)} training texts ({policy}): {len(train) - len(usable)} are left out for "
+        f"their digits, {len(usable) - len(kept)} as they are texts of validation or test too"
+    )
     with tempfile.TemporaryDirectory() as folder:
         lm = str(Path(folder, "lm.arpa"))
         estimate(kept, args.order).save(lm)

@@ -26,7 +26,7 @@ from hf_speechcl.data.audio import read_audio  # noqa: E402
 from hf_speechcl.recognizer import SpeechRecognizer  # noqa: E402
 from hf_speechcl.recordings import RecordingArguments  # noqa: E402
 
-QUIET_SECONDS = 0.1  # of a clip, which fill the gap after it
+QUIET_SECONDS, QUIET_CLIPS = 0.1, 100  # the quietest part of the first clips fills the pauses
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Arguments:
     corpus: str = option("demo", "Source of the clips.")
     split: str = option("test", "Its split.")
     minutes: list[float] = option([1.0, 10.0, 30.0], "Lengths of the recordings; clips come again where they run out.")
-    gap_seconds: float = option(0.7, "Pause between clips, of the quietest part of the clip before.")
+    max_seconds: float = option(30.0, "Longer clips are left out, as fine-tuning leaves them out.")
+    gap_seconds: float = option(0.7, f"Pause between clips, of the quietest part of the first {QUIET_CLIPS} clips.")
     device: str = option("cpu", "cpu, or auto for the accelerator where there is one.")
     recording: str | None = option(
         None, "A recording to transcribe instead, printing text, seconds and memory as JSON."
@@ -56,6 +57,12 @@ def main() -> None:
         return
     recognizer = SpeechRecognizer.from_pretrained(args.model, device=args.device)
     corpus, rate = load_corpus(args.corpus, args.split), recognizer.sampling_rate
+    rows = [row for row, seconds in enumerate(corpus["duration"]) if seconds <= args.max_seconds]
+    if not rows:
+        sys.exit(f"max_seconds: {args.corpus}, split {args.split}, has no clip of {args.max_seconds:g} s or less")
+    corpus = corpus.select(rows)
+    first = corpus.select(range(min(len(corpus), QUIET_CLIPS)))
+    room_tone = _quietest([read_audio(clip["audio"], rate) for clip in first], rate)
     texts: list[str] = []
     print("| joined | minutes | cut at pauses | words of the clips | differ | real-time factor | peak MiB |")
     print("|---|---|---|---|---|---|---|")
@@ -78,7 +85,7 @@ def main() -> None:
                         recording.write(clip)
                         gap_samples = round(gap * rate)
                         gap_samples += -(recording.tell() + gap_samples) % grid
-                        recording.write(_quiet(clip, rate, gap_samples))
+                        recording.write(np.resize(room_tone, gap_samples))
                         count += 1
                 seconds = soundfile.info(file).duration
                 for pause in (0.5, 0.0):
@@ -100,13 +107,12 @@ def _run(args: Arguments, file: str, pause: float) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
-def _quiet(clip: np.ndarray, rate: int, num_samples: int) -> np.ndarray:
-    """The quietest part of a clip, forwards and backwards in turn."""
-    size = min(len(clip), round(QUIET_SECONDS * rate))
-    starts = range(0, len(clip) - size + 1, max(1, size // 4))
-    start = min(starts, key=lambda start: float(np.square(clip[start : start + size]).mean()))
-    part = clip[start : start + size]
-    return np.resize(np.concatenate([part, part[::-1]]), num_samples)
+def _quietest(clips: list[np.ndarray], rate: int) -> np.ndarray:
+    """The quietest part of all clips, forwards and backwards, so that it can be repeated."""
+    size = round(QUIET_SECONDS * rate)
+    parts = [clip[start : start + size] for clip in clips for start in range(0, len(clip) - size + 1, size // 4)]
+    part = min(parts, key=lambda part: float(np.square(part).mean()))
+    return np.concatenate([part, part[::-1]])
 
 
 if __name__ == "__main__":
