@@ -35,6 +35,9 @@ class LanguageModelArguments:
     model: str | None = option(
         None, "Recogniser to build it for, a folder or Hub name; without, texts in lower case without punctuation."
     )
+    casing: str | None = option(
+        None, "Without model: lower, upper or keep, as the recogniser writes; lower by default."
+    )
     text_files: list[str] = option([], "Text files in UTF-8, a sentence on each line.")
     corpus: list[str] = option([], "Sources as for scripts/finetune_ctc.py, whose texts are taken.")
     split: str = option("train", "Split of the corpus.")
@@ -47,6 +50,9 @@ class LanguageModelArguments:
     def __post_init__(self):
         if not self.text_files and not self.corpus:
             raise ValueError("no texts: give text_files, corpus or both")
+        if self.casing is not None and self.model is not None:
+            raise ValueError("casing is what the model was fine-tuned with: leave it out, or model")
+        TextPolicy(casing=self.casing or "lower")
         if not 2 <= self.order <= MAX_ORDER:
             raise ValueError(f"order must be 2 to {MAX_ORDER}, found {self.order}")
         if missing := [file for file in self.text_files if not Path(file).is_file()]:
@@ -185,7 +191,7 @@ def text_policy_of(model: str) -> TextPolicy:
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments([LanguageModelArguments], DESCRIPTION, argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
-    policy = text_policy_of(args.model) if args.model is not None else TextPolicy()
+    policy = text_policy_of(args.model) if args.model is not None else TextPolicy(casing=args.casing or "lower")
     print(f"texts: {policy}")
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     texts = []
