@@ -35,9 +35,7 @@ class LanguageModelArguments:
     model: str | None = option(
         None, "Recogniser to build it for, a folder or Hub name; without, texts in lower case without punctuation."
     )
-    casing: str | None = option(
-        None, "Without model: lower, upper or keep, as the recogniser writes; lower by default."
-    )
+    casing: str | None = option(None, "Without model: lower, upper or keep; lower by default.")
     text_files: list[str] = option([], "Text files in UTF-8, a sentence on each line.")
     corpus: list[str] = option([], "Sources as for scripts/finetune_ctc.py, whose texts are taken.")
     split: str = option("train", "Split of the corpus.")
