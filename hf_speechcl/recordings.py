@@ -91,15 +91,15 @@ def find_utterances(
     quiet = find_quiet(levels) if pause_seconds else np.zeros(len(levels), bool)
     edges = np.flatnonzero(np.diff(quiet, prepend=False, append=False)).reshape(-1, 2)
     shortest, kept = pause_seconds / LEVEL_SECONDS, KEPT_SILENCE / LEVEL_SECONDS
-    spans, begin = [], 0
+    spans, begin, reached = [], 0, 0
     for start, end in edges:
-        at_edge = start == 0 or end == len(levels)
-        if at_edge or end - start >= shortest:
+        if end - start >= shortest:
+            at_edge = start == 0 or end == len(levels)
             stay = min(kept, (end - start) / (1 if at_edge else 2))
             if start > begin:
                 spans.append((begin, start + stay))
-            begin = end - stay
-    if len(levels) and not (len(edges) and edges[-1][1] == len(levels)):
+            begin, reached = end - stay, end
+    if reached < len(levels):
         spans.append((begin, len(levels)))
     size = round(LEVEL_SECONDS * sampling_rate)
     longest = len(levels) if max_seconds is None else round(max_seconds / LEVEL_SECONDS)

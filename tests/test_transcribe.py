@@ -190,6 +190,16 @@ def test_utterances_lie_between_pauses_even_in_noise(clips):
     assert find_utterances(*measure_levels([], RATE), RATE, pause_seconds=0.5) == []
 
 
+def test_clip_without_a_pause_is_read_as_it_is(clips):
+    for clip in clips:
+        levels, num_samples = measure_levels([clip], RATE)
+        assert find_utterances(levels, num_samples, RATE, 3.0) == [(0, len(clip))]
+    padded = np.concatenate([np.zeros(4 * RATE, np.float32), clips[2], np.zeros(4 * RATE, np.float32)])
+    ((begin, end),) = find_utterances(*measure_levels([padded], RATE), RATE, 3.0)
+    assert 3.5 * RATE < begin < 4.3 * RATE
+    assert len(padded) - 4.3 * RATE < end < len(padded) - 3.5 * RATE
+
+
 def test_windows_hold_no_more_than_a_chunk_of_the_recording():
     recording = (np.full(1000, block, np.float32) for block in range(500))
     utterances = [(1500, 3500), (10_000, 10_001), (20_000, 450_000)]
