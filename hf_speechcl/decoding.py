@@ -10,9 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .command_line import option
+from .ctc import WORD_START
 from .language_model import read_words
 
-WORD_START = "▁"  # begins the pieces of subword vocabularies that begin a word
 ALIGNMENT_MARGIN = 25  # frames
 MIN_LOG_PROB = math.log(1e-15)  # beneath which pyctcdecode takes no posterior
 INSTALL_LM = "pip install 'hf_speechcl[lm]' && pip install --no-deps pyctcdecode"
