@@ -125,8 +125,9 @@ def methods_of(objectives: dict[str, dict] | None) -> list[str]:
 
 
 def bibtex(methods: list[str]) -> str:
-    """A fenced block of BibTeX entries for methods (objectives and "ctc") and for this package."""
-    return "\n".join(["```bibtex", *(_entry(**REFERENCES[name]) for name in [*methods, "hf_speechcl"]), "```"])
+    """A fenced block of BibTeX entries for methods (objectives and "ctc") that have one, and for this package."""
+    cited = [REFERENCES[name] for name in [*methods, "hf_speechcl"] if name in REFERENCES]
+    return "\n".join(["```bibtex", *(_entry(**reference) for reference in cited), "```"])
 
 
 def _entry(key: str, **fields) -> str:
