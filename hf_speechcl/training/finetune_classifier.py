@@ -1,9 +1,9 @@
 """Fine-tune an encoder with a classification head: speaker, language, keyword."""
 
-import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,14 +14,12 @@ from torch import nn
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
 from ..cards import (
-    CURVES,
     USE_CLASSIFIER,
     data_row,
     describe_limits,
     describe_model,
     describe_run,
     metrics_table,
-    plot_curves,
     write_card,
 )
 from ..citations import methods_of
@@ -44,7 +42,7 @@ from .finetuning import (
     describe_finetuning,
     load_config,
 )
-from .trainer import find_checkpoint, keep_options, prepare_to_push
+from .trainer import find_checkpoint, finish_run, keep_options, prepare_to_push
 
 logger = logging.getLogger(__name__)
 
@@ -164,10 +162,10 @@ def keep_known(corpus: datasets.Dataset, names: list[str], split: str) -> datase
 
 
 def write_classifier_card(
-    folder: Path,
     trainer: ClassificationTrainer,
     model_args: FineTuningModelArguments,
     data_args: ClassifierDataArguments,
+    folder: Path,
     metrics: dict[str, float],
     runtime_seconds: float,
 ) -> None:
@@ -277,16 +275,4 @@ def main(argv: list[str] | None = None) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if tuner is not None:
         tuner.merge_and_unload(safe_merge=True)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-
-    folder = Path(args.output_dir)
-    plot_curves({"": trainer.state.log_history}, folder / CURVES)
-    (folder / "results.json").write_text(json.dumps(metrics, indent=2))
-    write_classifier_card(folder, trainer, model_args, data_args, metrics, result.metrics["train_runtime"])
-    logger.info("model, card and curves are in %s", source_name(args.output_dir))
-    if args.push_to_hub:
-        logger.info("published: %s", trainer.push_to_hub())
+    finish_run(trainer, result.metrics["train_runtime"], partial(write_classifier_card, trainer, model_args, data_args))

@@ -1,15 +1,14 @@
 """Fine-tune an encoder with a CTC head on transcribed speech."""
 
-import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoProcessor, Wav2Vec2Processor, set_seed
 from transformers.utils import cached_file
 
 from ..cards import (
-    CURVES,
     USE_CTC,
     data_row,
     describe_limits,
@@ -17,7 +16,6 @@ from ..cards import (
     describe_run,
     error_rate_results,
     metrics_table,
-    plot_curves,
     write_card,
 )
 from ..citations import methods_of
@@ -39,7 +37,7 @@ from .finetuning import (
     describe_finetuning,
     load_config,
 )
-from .trainer import find_checkpoint, keep_options, prepare_to_push
+from .trainer import find_checkpoint, finish_run, keep_options, prepare_to_push
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +139,10 @@ def prepare_processor(
 
 
 def write_recognizer_card(
-    folder: Path,
     trainer: CTCTrainer,
     model_args: FineTuningModelArguments,
     data_args: CTCDataArguments,
+    folder: Path,
     metrics: dict[str, float],
     runtime_seconds: float,
 ) -> None:
@@ -281,15 +279,4 @@ def main(argv: list[str] | None = None) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if tuner is not None:
         tuner.merge_and_unload(safe_merge=True)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-
-    plot_curves({"": trainer.state.log_history}, output_dir / CURVES)
-    (output_dir / "results.json").write_text(json.dumps(metrics, indent=2))
-    write_recognizer_card(output_dir, trainer, model_args, data_args, metrics, result.metrics["train_runtime"])
-    logger.info("model, processor, card and curves are in %s", source_name(args.output_dir))
-    if args.push_to_hub:
-        logger.info("published: %s", trainer.push_to_hub())
+    finish_run(trainer, result.metrics["train_runtime"], partial(write_recognizer_card, trainer, model_args, data_args))

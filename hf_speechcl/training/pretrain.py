@@ -1,14 +1,13 @@
 """Pre-train an encoder on unlabelled speech."""
 
-import json
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
 from ..cards import (
-    CURVES,
     USE_ENCODER,
     data_row,
     describe_limits,
@@ -16,7 +15,6 @@ from ..cards import (
     describe_objectives,
     describe_run,
     metrics_table,
-    plot_curves,
     write_card,
 )
 from ..citations import methods_of
@@ -39,7 +37,7 @@ from .arguments import (
     set_up_logging,
 )
 from .pretraining_trainer import PretrainingTrainer
-from .trainer import find_checkpoint, keep_options, prepare_to_push
+from .trainer import find_checkpoint, finish_run, keep_options, prepare_to_push
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +166,52 @@ def build_collator(
     return collator
 
 
+def write_encoder_card(
+    trainer: PretrainingTrainer,
+    model_args: PretrainingModelArguments,
+    data_args: PretrainingDataArguments,
+    folder: Path,
+    metrics: dict[str, float],
+    runtime_seconds: float,
+) -> None:
+    """Write the model card of a pre-trained encoder beside it."""
+    args, config = trainer.args, trainer.model.config
+    began = "" if model_args.encoder in SIZES else f", going on from `{source_name(model_args.encoder)}`"
+    write_card(
+        folder,
+        config=config,
+        title=f"SpeechCL encoder, pre-trained with {' and '.join(config.objectives)}",
+        summary="A speech encoder pre-trained on audio without transcripts by hf_speechcl, to be fine-tuned on speech "
+        "recognition or classification. It gives a vector for every frame of a recording; it gives no text.",
+        usage=USE_ENCODER,
+        tags=["self-supervised", "pre-training", *config.objectives],
+        pipeline_tag="feature-extraction",
+        sources=data_args.corpus,
+        methods=methods_of(config.objectives),
+        args=args,
+        base_model=None if model_args.encoder in SIZES else model_args.encoder,
+        data=[
+            data_row(data_args.corpus, split, data.corpus)
+            for split, data in [("train", trainer.train_dataset), ("validation", trainer.eval_dataset)]
+        ],
+        model=describe_model(config, trainer.model.speechcl.num_parameters()),
+        training=f"Objectives{began}, with all their settings:\n\n{describe_objectives(config.objectives)}\n\n"
+        f"Masked spans of {data_args.mask_span:g} s, together {data_args.mask_prob:g} of a clip before overlaps. "
+        + describe_run(
+            args,
+            data_args.max_seconds_per_batch,
+            runtime_seconds,
+            trainer.state.global_step,
+            trainer.audio_hours,
+        ),
+        results=f"On the validation clips, with fixed masks; collapse guard: {trainer.guard.verdict}.\n\n"
+        + metrics_table(metrics),
+        limits=describe_limits(trainer.train_dataset.hours)
+        + " The numbers above measure the pre-training task; what an encoder is worth for recognition shows after "
+        "fine-tuning.",
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(
         [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], DESCRIPTION, argv
@@ -223,49 +267,4 @@ def main(argv: list[str] | None = None) -> None:
         ),
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    metrics = trainer.evaluate()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-
-    folder = Path(args.output_dir)
-    plot_curves({"": trainer.state.log_history}, folder / CURVES)
-    (folder / "results.json").write_text(json.dumps(metrics, indent=2))
-    began = "" if model_args.encoder in SIZES else f", going on from `{source_name(model_args.encoder)}`"
-    write_card(
-        folder,
-        config=config,
-        title=f"SpeechCL encoder, pre-trained with {' and '.join(config.objectives)}",
-        summary="A speech encoder pre-trained on audio without transcripts by hf_speechcl, to be fine-tuned on speech "
-        "recognition or classification. It gives a vector for every frame of a recording; it gives no text.",
-        usage=USE_ENCODER,
-        tags=["self-supervised", "pre-training", *config.objectives],
-        pipeline_tag="feature-extraction",
-        sources=data_args.corpus,
-        methods=methods_of(config.objectives),
-        args=args,
-        base_model=None if model_args.encoder in SIZES else model_args.encoder,
-        data=[
-            data_row(data_args.corpus, split, corpus)
-            for split, corpus in [("train", train), ("validation", validation)]
-        ],
-        model=describe_model(config, model.speechcl.num_parameters()),
-        training=f"Objectives{began}, with all their settings:\n\n{describe_objectives(config.objectives)}\n\n"
-        f"Masked spans of {data_args.mask_span:g} s, together {data_args.mask_prob:g} of a clip before overlaps. "
-        + describe_run(
-            args,
-            data_args.max_seconds_per_batch,
-            result.metrics["train_runtime"],
-            trainer.state.global_step,
-            trainer.audio_hours,
-        ),
-        results=f"On the validation clips, with fixed masks; collapse guard: {trainer.guard.verdict}.\n\n"
-        + metrics_table(metrics),
-        limits=describe_limits(datasets["train"].hours)
-        + " The numbers above measure the pre-training task; what an encoder is worth for recognition shows after "
-        "fine-tuning.",
-    )
-    logger.info("model, card and curves are in %s", source_name(args.output_dir))
-    if args.push_to_hub:
-        logger.info("published: %s", trainer.push_to_hub())
+    finish_run(trainer, result.metrics["train_runtime"], partial(write_encoder_card, trainer, model_args, data_args))

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..cards import CURVES, plot_curves
 from ..data.batching import DurationBatchSampler
 from ..data.dataset import SpeechDataset
 from ..data.folders import source_name, without_folders
@@ -282,6 +284,28 @@ def prepare_to_push(args) -> None:
             token=args.hub_token,
         )
         logger.info("the model will be published as %s", args.hub_model_id)
+
+
+def finish_run(
+    trainer: SpeechTrainer, runtime_seconds: float, write_card: Callable[[Path, dict[str, float], float], None]
+) -> None:
+    """Save a trained model, validate it, and leave curves, results and card beside it; publish it if asked to.
+
+    Args:
+        write_card: given the folder, the validation metrics and `runtime_seconds`.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    trainer.save_model()
+    metrics = trainer.evaluate()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    plot_curves({"": trainer.state.log_history}, folder / CURVES)
+    (folder / "results.json").write_text(json.dumps(metrics, indent=2))
+    write_card(folder, metrics, runtime_seconds)
+    logger.info("model, card and curves are in %s", source_name(args.output_dir))
+    if args.push_to_hub:
+        logger.info("published: %s", trainer.push_to_hub())
 
 
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str | None:
