@@ -5,6 +5,7 @@ A Hub repository carries this file and the configuration beside it; both import 
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +37,13 @@ REMOTE_CODE = {
 }
 
 
+@dataclass
+class SpeechCLModelOutput(Wav2Vec2BaseModelOutput):
+    """As that of wav2vec 2.0; `log_mel` (B, F, num_mel_bins) are the frames before any mask or noise."""
+
+    log_mel: torch.Tensor | None = None
+
+
 def length_mask(lengths: torch.Tensor, max_length: int) -> torch.Tensor:
     """Boolean mask (B, max_length), true on the first `lengths[b]` positions of row b."""
     return torch.arange(max_length, device=lengths.device) < lengths[:, None]
@@ -55,7 +63,8 @@ class SpeechCLLogMel(nn.Module):
         self._constants = None  # no buffers: these would be cast with the weights, and are not saved
 
     def constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hann window (frame_length,) and mel filters (n_fft / 2 + 1, num_mel_bins)."""
+        """Real and imaginary parts of the windowed, mean-free Fourier transform (frame_length, 2K), and the mel filters
+        (2K, num_mel_bins) of both, of the K frequencies that a filter reaches."""
         if self._constants is None or self._constants[0].device != device:
             filters = mel_filter_bank(
                 num_frequency_bins=self.n_fft // 2 + 1,
@@ -66,23 +75,29 @@ class SpeechCLLogMel(nn.Module):
                 mel_scale="kaldi",
                 triangularize_in_mel_space=True,
             )
-            window = torch.hann_window(self.config.frame_length, periodic=False, dtype=torch.float32, device=device)
-            self._constants = window, torch.from_numpy(filters).to(device, torch.float32)
+            filters = torch.from_numpy(filters).double()
+            reached = filters.any(1)
+            times = torch.arange(self.config.frame_length, dtype=torch.float64)
+            angles = 2 * math.pi / self.n_fft * torch.outer(times, torch.arange(len(filters))[reached].double())
+            window = torch.hann_window(self.config.frame_length, periodic=False, dtype=torch.float64)
+            transform = torch.cat((angles.cos(), angles.sin()), dim=1) * window[:, None]
+            transform = transform - transform.mean(0)  # of a frame less its mean
+            filters = filters[reached].repeat(2, 1)
+            self._constants = transform.to(device, torch.float32), filters.to(device, torch.float32)
         return self._constants
 
     @torch.no_grad()
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         """(B, S) waveform in [-1, 1] → (B, ceil(S / hop_length), num_mel_bins)."""
         hop, length = self.config.hop_length, self.config.frame_length
-        window, filters = self.constants(input_values.device)
+        transform, filters = self.constants(input_values.device)
         with torch.autocast(input_values.device.type, enabled=False):
             left = (length - hop) // 2
             right = length - hop - left + -input_values.shape[-1] % hop
             frames = nn.functional.pad(input_values.float(), (left, right)).unfold(-1, length, hop)
-            frames = (frames - frames.mean(-1, keepdim=True)) * window
-            power = torch.view_as_real(torch.fft.rfft(frames, n=self.n_fft)).square().sum(-1)
-            energies = (power @ filters).clamp_min(self.config.log_mel_floor)
-            return (energies.log() - self.config.log_mel_mean) / self.config.log_mel_std
+            energies = (frames @ transform).square_() @ filters
+            energies = energies.clamp_min_(self.config.log_mel_floor).log_()
+            return energies.sub_(self.config.log_mel_mean).div_(self.config.log_mel_std)
 
 
 class SpeechCLSubsampling(nn.Module):
@@ -143,14 +158,94 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention in plain matrix products: (B, N, T, D) each → output (B, T, N, D), weights (B, N, T, T)."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+def dropout(states: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Dropout; on CPUs from 16 random bits an element, since there drawing takes longer than most layers."""
+    if not training or p == 0 or states.device.type != "cpu" or torch.compiler.is_compiling():
+        return nn.functional.dropout(states, p, training)
+    bits = torch.empty(-(-states.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    keep = bits[: states.numel()].view(states.shape) >= round(p * 2**16) - 2**15
+    return states * keep.to(states.dtype).mul_(1 / (1 - p))
+
+
+class SpeechCLDropout(nn.Dropout):
+    """`dropout` as a module."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return dropout(states, self.p, self.training)
+
+
+def attend(query, key, value, attention_mask, scaling, p, training) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain matrix products, softmax in float32: (..., Q, D), (..., K, D) twice → (..., Q, D), weights.
+
+    Args:
+        attention_mask: broadcast to (..., Q, K), added to the scores; or bool, true where attention may go.
+    """
+    weights = torch.matmul(query * scaling, key.transpose(-2, -1))
     if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            attention_mask = as_bias(attention_mask, weights.dtype)
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = dropout(weights, p, training)
+    return torch.matmul(weights, value), weights
+
+
+def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a mask is true, the lowest number elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """`attend` as transformers calls it: (B, N, T, D) each → output (B, T, N, D), weights (B, N, T, T)."""
+    output, weights = attend(query, key, value, attention_mask, scaling, dropout, module.training)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def local_block(window: int) -> int:
+    """Frames of a block in `local_attention_forward`; it attends to itself and `window` frames on either side."""
+    return max(32, 2 * window)
+
+
+def local_attention_mask(
+    num_frames: int, window: int, attention_mask: torch.Tensor | None, causal: bool, states: torch.Tensor
+) -> torch.Tensor:
+    """What `local_attention_forward` adds to its scores: (B or 1, 1, blocks, block, block + 2 * window).
+
+    Args:
+        attention_mask: (B, num_frames) bool, false on padding; None if nothing is padded.
+        causal: reach back less than `window` frames and not ahead.
+        states: of the dtype and device of the result.
+    """
+    block = local_block(window)
+    num_blocks = -(-num_frames // block)
+    distance = torch.arange(block, device=states.device)[:, None] + window
+    distance = distance - torch.arange(block + 2 * window, device=states.device)  # frames back from query to key
+    near = (distance >= 0) & (distance < window) if causal else distance.abs() <= window
+    if attention_mask is None:
+        attention_mask = torch.ones(1, num_frames, dtype=torch.bool, device=states.device)
+    # (B, T) -> (B, blocks, 1, block + 2 * window)
+    own = blocks_with_context(attention_mask[..., None], block, window, num_blocks)[..., None, :, 0]
+    return as_bias((near & own)[:, None], states.dtype)
+
+
+def blocks_with_context(states: torch.Tensor, block: int, window: int, num_blocks: int) -> torch.Tensor:
+    """(..., T, D) → (..., num_blocks, block + 2 * window, D), zeros beyond both ends."""
+    padded = nn.functional.pad(states, (0, 0, window, num_blocks * block - states.shape[-2] + window))
+    return padded.unfold(-2, block + 2 * window, block).transpose(-2, -1)
+
+
+def local_attention_forward(module, query, key, value, attention_mask, scaling, dropout, sliding_window):
+    """Attention to a window, block by block, so that what lies outside costs nothing: (B, N, T, D) → (B, T, N, D).
+
+    Args:
+        attention_mask: of `local_attention_mask`.
+    """
+    block, num_frames = local_block(sliding_window), query.shape[2]
+    num_blocks = attention_mask.shape[2]
+    query = nn.functional.pad(query, (0, 0, 0, num_blocks * block - num_frames)).unflatten(2, (num_blocks, block))
+    key, value = (blocks_with_context(states, block, sliding_window, num_blocks) for states in (key, value))
+    output, _ = attend(query, key, value, attention_mask, scaling, dropout, module.training)
+    return output.flatten(2, 3)[:, :, :num_frames].transpose(1, 2)  # (B, N, blocks, block, D) -> (B, T, N, D)
 
 
 class SpeechCLAttention(nn.Module):
@@ -172,17 +267,23 @@ class SpeechCLAttention(nn.Module):
         query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
         key = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
+        options = {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        window, implementation = self.config.sliding_window, self.config._attn_implementation
+        if window and implementation == "sdpa":
+            output = local_attention_forward(self, query, key, value, attention_mask, sliding_window=window, **options)
+            return self.o_proj(output.reshape(hidden_states.shape)), None
+        if implementation == "sdpa" and options["dropout"] and query.device.type == "cpu":
+            implementation = "eager"  # what sdpa does there, but for the slower dropout
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = function(
             self,
             query,
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.config.sliding_window and self.config.sliding_window + (not is_causal),
+            sliding_window=window and window + (not is_causal),
             is_causal=is_causal,
+            **options,
             **kwargs,
         )
         return self.o_proj(output.reshape(hidden_states.shape)), weights
@@ -193,7 +294,7 @@ class SpeechCLFeedForward(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.activation_dropout)
+        self.dropout = SpeechCLDropout(config.activation_dropout)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states):
@@ -209,7 +310,7 @@ class SpeechCLEncoderLayer(GradientCheckpointingLayer):
         self.attention = SpeechCLAttention(config)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = SpeechCLFeedForward(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = SpeechCLDropout(config.hidden_dropout)
 
     def forward(self, hidden_states, attention_mask, position_embeddings, **kwargs):
         attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, position_embeddings, **kwargs)
@@ -272,7 +373,7 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             self.subsampling = SpeechCLFramePerceptron(config)
             self.feature_norm = self.norm = nn.Identity()
         self.feature_projection = nn.Linear(config.conv_dim, config.hidden_size)
-        self.feature_dropout = nn.Dropout(config.feat_proj_dropout)
+        self.feature_dropout = SpeechCLDropout(config.feat_proj_dropout)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
         self.layers = nn.ModuleList(SpeechCLEncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.post_init()
@@ -295,7 +396,7 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         log_mel_noise: torch.Tensor | None = None,
         causal: bool = False,
         **kwargs,
-    ) -> Wav2Vec2BaseModelOutput:
+    ) -> SpeechCLModelOutput:
         """Encode waveforms.
 
         Args:
@@ -309,7 +410,8 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
 
         Returns:
             `last_hidden_state` (B, T, hidden_size) and `extract_features` (B, T, conv_dim), the latter taken before
-            masking, with T = ceil(S / inputs_to_logits_ratio); `hidden_states` and `attentions` when asked for.
+            masking, with T = ceil(S / inputs_to_logits_ratio); `log_mel` (B, F, num_mel_bins); `hidden_states` and
+            `attentions` when asked for.
         """
         if input_values.ndim != 2 or input_values.shape[1] == 0:
             raise ValueError(
@@ -322,29 +424,22 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             attention_mask = length_mask(frame_lengths, self._get_feat_extract_output_lengths(input_values.shape[1]))
             input_values = input_values * length_mask(sample_lengths, input_values.shape[1])
 
-        log_mel = self.log_mel(input_values)
+        log_mel = features = self.log_mel(input_values)
         if mask_feature_indices is not None:
-            log_mel = log_mel.masked_fill(mask_feature_indices[:, None].to(torch.bool), 0.0)
+            features = features.masked_fill(mask_feature_indices[:, None].to(torch.bool), 0.0)
         if log_mel_noise is not None:
-            log_mel = log_mel + log_mel_noise
+            features = features + log_mel_noise
         mel_lengths = None if frame_lengths is None else -(-sample_lengths // self.config.hop_length)
-        extract_features = self.feature_norm(self.subsampling(log_mel, mel_lengths))
+        extract_features = self.feature_norm(self.subsampling(features, mel_lengths))
         hidden_states = self.feature_dropout(self.feature_projection(extract_features))
         if mask_time_indices is not None:
             mask = mask_time_indices.to(torch.bool)[..., None]
             hidden_states = torch.where(mask, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
 
         position_embeddings = rotary_embeddings(self.config, hidden_states)
-        mask_options = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
+        attention_mask = self._layer_mask(hidden_states, attention_mask, causal)
         if causal:
-            create_mask = create_sliding_window_causal_mask if self.config.sliding_window else create_causal_mask
-            attention_mask = create_mask(**mask_options, past_key_values=None, allow_is_causal_skip=False)
             kwargs["is_causal"] = True
-        else:
-            create_mask = (
-                create_bidirectional_sliding_window_mask if self.config.sliding_window else create_bidirectional_mask
-            )
-            attention_mask = create_mask(**mask_options)
         for layer in self.layers:
             output = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
             if self.training and self.config.layerdrop > 0:
@@ -352,7 +447,20 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
                 drop = torch.rand((), device=output.device) < self.config.layerdrop
                 output = torch.where(drop, hidden_states, output)
             hidden_states = output
-        return Wav2Vec2BaseModelOutput(last_hidden_state=self.norm(hidden_states), extract_features=extract_features)
+        return SpeechCLModelOutput(
+            last_hidden_state=self.norm(hidden_states), extract_features=extract_features, log_mel=log_mel
+        )
+
+    def _layer_mask(self, hidden_states, attention_mask, causal):
+        """The mask that the layers' attention takes, of (B, T) bool, false on padding, or None."""
+        window = self.config.sliding_window
+        if window and self.config._attn_implementation == "sdpa":
+            return local_attention_mask(hidden_states.shape[1], window, attention_mask, causal, hidden_states)
+        options = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
+        if causal:
+            create_mask = create_sliding_window_causal_mask if window else create_causal_mask
+            return create_mask(**options, past_key_values=None, allow_is_causal_skip=False)
+        return (create_bidirectional_sliding_window_mask if window else create_bidirectional_mask)(**options)
 
 
 class SpeechCLHeadModel(SpeechCLPreTrainedModel):
@@ -367,7 +475,7 @@ class SpeechCLHeadModel(SpeechCLPreTrainedModel):
         if config.use_weighted_layer_sum:
             self.layer_weights = nn.Parameter(torch.empty(config.num_hidden_layers + 1))
 
-    def encode(self, input_values, attention_mask, **kwargs) -> tuple[torch.Tensor, Wav2Vec2BaseModelOutput]:
+    def encode(self, input_values, attention_mask, **kwargs) -> tuple[torch.Tensor, SpeechCLModelOutput]:
         """What the head sees, (B, T, hidden_size), and all that the encoder gives."""
         if not self.config.use_weighted_layer_sum:
             outputs = self.speechcl(input_values, attention_mask, **kwargs)
@@ -383,7 +491,7 @@ class SpeechCLForCTC(SpeechCLHeadModel):
 
     def __init__(self, config: SpeechCLConfig):
         super().__init__(config)
-        self.dropout = nn.Dropout(config.final_dropout)
+        self.dropout = SpeechCLDropout(config.final_dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -445,7 +553,7 @@ class SpeechCLForSequenceClassification(SpeechCLHeadModel):
     def __init__(self, config: SpeechCLConfig):
         super().__init__(config)
         self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size)
-        self.dropout = nn.Dropout(config.final_dropout)
+        self.dropout = SpeechCLDropout(config.final_dropout)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
         self.post_init()
 

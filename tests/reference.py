@@ -3,6 +3,34 @@
 import math
 
 import torch
+from transformers.audio_utils import mel_filter_bank
+
+
+def mel_filters(config):
+    """Triangular filters on Kaldi's mel scale: (257, num_mel_bins) for frames of 400 samples."""
+    filters = mel_filter_bank(
+        num_frequency_bins=257,
+        num_mel_filters=config.num_mel_bins,
+        min_frequency=20.0,
+        max_frequency=config.sampling_rate / 2,
+        sampling_rate=config.sampling_rate,
+        mel_scale="kaldi",
+        triangularize_in_mel_space=True,
+    )
+    return torch.from_numpy(filters)
+
+
+def log_mel(samples, config):
+    """Frame by frame: 400 samples around each hop less their mean, Hann window, FFT of 512 points, mel filters, log."""
+    padded = torch.cat((samples.new_zeros(120), samples, samples.new_zeros(400)))
+    window = torch.hann_window(400, periodic=False, dtype=samples.dtype)
+    frames = []
+    for start in range(0, len(samples), 160):
+        frame = padded[start : start + 400]
+        power = torch.fft.rfft((frame - frame.mean()) * window, n=512).abs() ** 2
+        energies = (power @ mel_filters(config).to(samples.dtype)).clamp_min(config.log_mel_floor)
+        frames.append((energies.log() - config.log_mel_mean) / config.log_mel_std)
+    return torch.stack(frames)
 
 
 def best_rq_codes(frames, projection, codebook):

@@ -85,9 +85,10 @@ def draw_bands(
 class PretrainingCollator:
     """Batches for `SpeechCLForPreTraining`.
 
-    Adds `mask_time_indices` (B, T) bool and `frame_counts` (B,), the encoder frames of every clip; on request
+    Adds `mask_time_indices` (B, T) bool, `masked_positions` (M,), the masked frames counted over the whole batch in
+    row-major order, and `frame_counts` (B,), the encoder frames of every clip; on request
 
-    - `negative_indices` (M, num_negatives): for each of the batch's M masked frames, in row-major order, the positions
+    - `negative_indices` (M, num_negatives): for each of the batch's M masked frames the positions
       among those M of its negatives, which are of the same clip;
     - `frame_negative_indices` (F, num_frame_negatives): the same among all F frames of the batch's clips;
     - `clean_values` (B, S), where `input_values` are corrupted;
@@ -136,6 +137,7 @@ class PretrainingCollator:
         batch["mask_time_indices"], counts = draw_masks(
             usable, rngs, batch, self.frame_length, self.mask_prob, self.mask_span
         )
+        batch["masked_positions"] = batch["mask_time_indices"].flatten().nonzero()[:, 0]
         lengths = [int(self.frame_length(len(clip["input_values"]))) for clip in usable]
         batch["frame_counts"] = torch.tensor(lengths or [0])
         if self.num_negatives:

@@ -82,6 +82,17 @@ def frame_lengths(encoder, batch: dict[str, torch.Tensor], num_frames: int) -> t
     return encoder._get_feat_extract_output_lengths(attention_mask.sum(-1))
 
 
+def take_frames(frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The frames at `positions` (M,) of a batch, counted over all its clips: (B, T, ...) → (M, ...)."""
+    return frames.flatten(0, 1).index_select(0, positions)
+
+
+def own_positions(batch: dict[str, torch.Tensor], num_frames: int) -> torch.Tensor:
+    """Positions of all frames of a batch that are no padding, as `take_frames` takes them."""
+    counts = batch["frame_counts"]
+    return (torch.arange(num_frames, device=counts.device) < counts[:, None]).flatten().nonzero()[:, 0]
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse an option that is none of `choices`."""
     if value not in choices:

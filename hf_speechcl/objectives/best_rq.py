@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..quantizers import RandomProjectionQuantizer, code_histogram, code_usage
-from .base import Objective, ObjectiveOutput, in_float32
+from .base import Objective, ObjectiveOutput, in_float32, take_frames
 from .targets import LogMelTargets
 
 
@@ -58,18 +58,22 @@ class BestRQ(Objective):
         self.head = nn.Linear(config.hidden_size, num_codebooks * codebook_size)
 
     def forward(self, encoder, batch):
-        mask = batch["mask_time_indices"].bool()
-        hidden_states = encoder(
-            batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask
-        ).last_hidden_state
-        codes = self.quantizer(self.targets(batch, hidden_states.shape[1])[mask])
+        masked = batch["masked_positions"]
+        outputs = encoder(
+            batch["input_values"],
+            attention_mask=batch.get("attention_mask"),
+            mask_time_indices=batch["mask_time_indices"],
+        )
+        codes = self.quantizer(take_frames(self.targets(batch, outputs), masked))
         # (B, T, H) -> (M, H) -> (M, G, V)
-        logits = self.head(hidden_states[mask]).view(-1, self.num_codebooks, self.codebook_size)
+        logits = self.head(take_frames(outputs.last_hidden_state, masked)).view(
+            -1, self.num_codebooks, self.codebook_size
+        )
         with torch.no_grad():
             correct = (logits.argmax(-1) == codes).float().mean(-1).sum()
         return ObjectiveOutput(
             loss=masked_prediction_loss(logits, codes),
-            num_items=mask.sum(),
+            num_items=self.count_items(batch),
             metrics={"accuracy": correct, "codes": code_histogram(codes, self.codebook_size)},
         )
 

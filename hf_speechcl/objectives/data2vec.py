@@ -6,7 +6,7 @@ from transformers import AutoModel
 from transformers import initialization as init
 
 from ..modeling_speechcl import SpeechCLModel
-from .base import Objective, ObjectiveOutput, frame_lengths, in_float32
+from .base import Objective, ObjectiveOutput, frame_lengths, in_float32, take_frames
 from .targets import normalize_over_time
 
 
@@ -92,7 +92,7 @@ class Data2Vec(Objective):
 
     def forward(self, encoder, batch):
         self.begin(encoder)
-        mask = batch["mask_time_indices"].bool()
+        masked = batch["masked_positions"]
         attention_mask = batch.get("attention_mask")
         with torch.no_grad():
             teacher_states = self.teacher(
@@ -100,14 +100,15 @@ class Data2Vec(Objective):
                 attention_mask=attention_mask,
                 output_hidden_states=True,
             ).hidden_states[-self.top_layers :]
-            lengths = frame_lengths(encoder, batch, mask.shape[1])
-            targets = top_layers_target(list(teacher_states), lengths)[mask]
+            lengths = frame_lengths(encoder, batch, teacher_states[0].shape[1])
+            targets = take_frames(top_layers_target(list(teacher_states), lengths), masked)
         hidden_states = encoder(
-            batch["input_values"], attention_mask=attention_mask, mask_time_indices=mask
+            batch["input_values"], attention_mask=attention_mask, mask_time_indices=batch["mask_time_indices"]
         ).last_hidden_state
+        num_items = self.count_items(batch)
         return ObjectiveOutput(
-            loss=regression_loss(self.head(hidden_states[mask]), targets),
-            num_items=mask.sum(),
-            metrics={"ema_decay": mask.sum() * self.decay},
-            states={"teacher": sum(states[mask].float() for states in teacher_states)},
+            loss=regression_loss(self.head(take_frames(hidden_states, masked)), targets),
+            num_items=num_items,
+            metrics={"ema_decay": num_items * self.decay},
+            states={"teacher": sum(take_frames(states, masked).float() for states in teacher_states)},
         )

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .base import Objective, ObjectiveOutput, check_choice, in_float32
+from .base import Objective, ObjectiveOutput, check_choice, in_float32, own_positions, take_frames
 from .targets import LogMelTargets
 
 
@@ -47,15 +47,16 @@ class Denoising(Objective):
         return super().count_items(batch) if self.uses_mask else batch["frame_counts"].sum()
 
     def forward(self, encoder, batch):
-        mask = batch["mask_time_indices"].bool() if self.uses_mask else None
-        hidden_states = encoder(
-            batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask
-        ).last_hidden_state
-        targets = self.targets(batch, hidden_states.shape[1])
-        if mask is None:
-            mask = torch.arange(hidden_states.shape[1], device=hidden_states.device) < batch["frame_counts"][:, None]
+        outputs = encoder(
+            batch["input_values"],
+            attention_mask=batch.get("attention_mask"),
+            mask_time_indices=batch["mask_time_indices"] if self.uses_mask else None,
+        )
+        hidden_states, targets = outputs.last_hidden_state, self.targets(batch, outputs)
+        counted = batch["masked_positions"] if self.uses_mask else own_positions(batch, hidden_states.shape[1])
+        predictions = self.head(take_frames(hidden_states, counted))
         return ObjectiveOutput(
-            loss=reconstruction_loss(self.head(hidden_states[mask]), targets[mask], self.norm),
-            num_items=mask.sum(),
+            loss=reconstruction_loss(predictions, take_frames(targets, counted), self.norm),
+            num_items=self.count_items(batch),
             metrics={},
         )

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..quantizers import code_histogram, code_usage
-from .base import Objective, ObjectiveOutput, in_float32
+from .base import Objective, ObjectiveOutput, in_float32, take_frames
 
 
 @in_float32
@@ -71,18 +71,20 @@ class HuBERT(Objective):
         self.embeddings = UnitEmbeddings(num_units, proj_dim)
 
     def forward(self, encoder, batch):
-        mask = batch["mask_time_indices"].bool()
+        masked = batch["masked_positions"]
         hidden_states = encoder(
-            batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask
+            batch["input_values"],
+            attention_mask=batch.get("attention_mask"),
+            mask_time_indices=batch["mask_time_indices"],
         ).last_hidden_state
-        units = batch["units"][mask]
+        units = take_frames(batch["units"], masked)
         # (B, T, H) -> (M, H) -> (M, V)
-        logits = unit_logits(self.project(hidden_states[mask]), self.embeddings.weight, self.temperature)
+        logits = unit_logits(self.project(take_frames(hidden_states, masked)), self.embeddings.weight, self.temperature)
         with torch.no_grad():
             correct = (logits.argmax(-1) == units).float().sum()
         return ObjectiveOutput(
             loss=nn.functional.cross_entropy(logits, units, reduction="sum"),
-            num_items=mask.sum(),
+            num_items=self.count_items(batch),
             metrics={"accuracy": correct, "codes": code_histogram(units[:, None], self.num_units)},
         )
 

@@ -1,9 +1,8 @@
 """Masked reconstruction: log-mel frames from a log-mel that was altered in time, channel and magnitude."""
 
-import torch
 from torch import nn
 
-from .base import Objective, ObjectiveOutput, check_choice
+from .base import Objective, ObjectiveOutput, check_choice, own_positions, take_frames
 from .denoising import reconstruction_loss
 from .targets import LogMelTargets
 
@@ -61,16 +60,18 @@ class MaskedReconstruction(Objective):
         return super().count_items(batch) if self.masked_only else batch["frame_counts"].sum()
 
     def forward(self, encoder, batch):
-        mask = batch["mask_time_indices"].bool()
         alteration = {name: batch[name] for name in ("mask_feature_indices", "log_mel_noise") if name in batch}
-        hidden_states = encoder(
-            batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask, **alteration
-        ).last_hidden_state
-        targets = self.targets(batch, hidden_states.shape[1])
-        if not self.masked_only:
-            mask = torch.arange(hidden_states.shape[1], device=hidden_states.device) < batch["frame_counts"][:, None]
+        outputs = encoder(
+            batch["input_values"],
+            attention_mask=batch.get("attention_mask"),
+            mask_time_indices=batch["mask_time_indices"],
+            **alteration,
+        )
+        hidden_states, targets = outputs.last_hidden_state, self.targets(batch, outputs)
+        counted = batch["masked_positions"] if self.masked_only else own_positions(batch, hidden_states.shape[1])
+        predictions = self.head(take_frames(hidden_states, counted))
         return ObjectiveOutput(
-            loss=reconstruction_loss(self.head(hidden_states[mask]), targets[mask], self.norm),
-            num_items=mask.sum(),
+            loss=reconstruction_loss(predictions, take_frames(targets, counted), self.norm),
+            num_items=self.count_items(batch),
             metrics={},
         )

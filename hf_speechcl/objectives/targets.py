@@ -2,9 +2,14 @@
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..configuration_speechcl import SpeechCLConfig
 from ..modeling_speechcl import SpeechCLLogMel, length_mask
+
+LOG_MEL_FIELDS = (
+    "model_type sampling_rate num_mel_bins frame_length hop_length log_mel_floor log_mel_mean log_mel_std".split()
+)
 
 
 def normalize_over_time(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -48,19 +53,23 @@ class LogMelTargets(nn.Module):
                 f"targets are log-mel frames of {hop} samples: an encoder frame must be a multiple of it, found "
                 f"{config.inputs_to_logits_ratio} samples"
             )
-        self.log_mel = SpeechCLLogMel(
-            SpeechCLConfig(
-                sampling_rate=sampling_rate, hop_length=hop, frame_length=5 * hop // 2, num_mel_bins=num_mel_bins
-            )
+        log_mel_config = SpeechCLConfig(
+            sampling_rate=sampling_rate, hop_length=hop, frame_length=5 * hop // 2, num_mel_bins=num_mel_bins
         )
+        self.log_mel = SpeechCLLogMel(log_mel_config)
+        self.is_encoders = all(getattr(config, name, None) == getattr(log_mel_config, name) for name in LOG_MEL_FIELDS)
         self.mel_per_frame = config.inputs_to_logits_ratio // hop
         self.dim = self.mel_per_frame * num_mel_bins
 
-    def forward(self, batch: dict[str, torch.Tensor], num_frames: int) -> torch.Tensor:
-        """Targets (B, num_frames, dim) of a batch, from its `clean_values` where it has these."""
-        clean_values, attention_mask = batch.get("clean_values", batch["input_values"]), batch.get("attention_mask")
+    def forward(self, batch: dict[str, torch.Tensor], outputs: ModelOutput) -> torch.Tensor:
+        """Targets (B, T, dim) of a batch from its `clean_values` where it has these, and what the encoder made of it."""
+        num_frames, attention_mask = outputs.last_hidden_state.shape[1], batch.get("attention_mask")
+        if self.is_encoders and "clean_values" not in batch:
+            log_mel = outputs.log_mel
+        else:
+            log_mel = self.log_mel(batch.get("clean_values", batch["input_values"]))
         # An encoder without padding at its ends gives a frame less than the waveform has room for.
-        log_mel = self.log_mel(clean_values)[:, : num_frames * self.mel_per_frame]
+        log_mel = log_mel[:, : num_frames * self.mel_per_frame]
         if attention_mask is None:
             lengths = torch.full((len(log_mel),), log_mel.shape[1], device=log_mel.device)
         else:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..quantizers import GumbelVectorQuantizer, code_histogram, code_usage
-from .base import Objective, ObjectiveOutput, features_dim, in_float32
+from .base import Objective, ObjectiveOutput, features_dim, in_float32, take_frames
 
 
 @in_float32
@@ -109,22 +109,22 @@ class Wav2Vec2Contrastive(Objective):
         return {"num_negatives": self.num_negatives}
 
     def forward(self, encoder, batch):
-        mask = batch["mask_time_indices"].bool()
+        mask, masked = batch["mask_time_indices"], batch["masked_positions"]
         outputs = encoder(batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask)
         if "clean_values" in batch:
             clean_features = encoder(batch["clean_values"], attention_mask=batch.get("attention_mask")).extract_features
         else:
             clean_features = outputs.extract_features
         # (B, T, C) -> (M, C)
-        codevectors, probabilities, codes = self.quantizer(clean_features[mask], self.gumbel_temperature)
+        codevectors, probabilities, codes = self.quantizer(take_frames(clean_features, masked), self.gumbel_temperature)
         targets = self.project_target(codevectors.to(self.project_target.weight.dtype))
-        predictions = self.project_prediction(outputs.last_hidden_state[mask])
+        predictions = self.project_prediction(take_frames(outputs.last_hidden_state, masked))
         logits = contrastive_logits(
             predictions, targets, codes, batch["negative_indices"][:, : self.num_negatives], self.temperature
         )
 
         contrastive = -logits.log_softmax(-1)[:, 0].sum()
-        diversity = diversity_loss(probabilities, mask.nonzero()[:, 0], len(mask))
+        diversity = diversity_loss(probabilities, masked // mask.shape[1], len(mask))
         with torch.no_grad():
             metrics = {
                 "contrastive_loss": contrastive.detach(),
@@ -135,7 +135,7 @@ class Wav2Vec2Contrastive(Objective):
             }
         return ObjectiveOutput(
             loss=contrastive + self.diversity_weight * diversity,
-            num_items=mask.sum(),
+            num_items=self.count_items(batch),
             metrics=metrics,
         )
 
