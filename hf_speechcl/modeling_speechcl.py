@@ -201,37 +201,34 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return output.transpose(1, 2).contiguous(), weights
 
 
-def local_block(window: int) -> int:
-    """Frames of a block in `local_attention_forward`; it attends to itself and `window` frames on either side."""
-    return max(32, 2 * window)
+def into_blocks(states: torch.Tensor, window: int) -> torch.Tensor:
+    """(..., T, D) → (..., ceil(T / window), window, D), zeros at the end."""
+    return nn.functional.pad(states, (0, 0, 0, -states.shape[-2] % window)).unflatten(-2, (-1, window))
+
+
+def with_neighbours(blocks: torch.Tensor) -> torch.Tensor:
+    """Each block between the one before and the one after it: (..., blocks, W, D) → (..., blocks, 3 * W, D)."""
+    padded = nn.functional.pad(blocks, (0, 0, 0, 0, 1, 1))
+    return torch.cat((padded[..., :-2, :, :], blocks, padded[..., 2:, :, :]), dim=-2)
 
 
 def local_attention_mask(
     num_frames: int, window: int, attention_mask: torch.Tensor | None, causal: bool, states: torch.Tensor
 ) -> torch.Tensor:
-    """What `local_attention_forward` adds to its scores: (B or 1, 1, blocks, block, block + 2 * window).
+    """What `local_attention_forward` adds to its scores: (B or 1, 1, blocks, window, 3 * window).
 
     Args:
         attention_mask: (B, num_frames) bool, false on padding; None if nothing is padded.
         causal: reach back less than `window` frames and not ahead.
         states: of the dtype and device of the result.
     """
-    block = local_block(window)
-    num_blocks = -(-num_frames // block)
-    distance = torch.arange(block, device=states.device)[:, None] + window
-    distance = distance - torch.arange(block + 2 * window, device=states.device)  # frames back from query to key
-    near = (distance >= 0) & (distance < window) if causal else distance.abs() <= window
+    times = torch.arange(3 * window, device=states.device)
+    back = times[window : 2 * window, None] - times
+    near = (back >= 0) & (back < window) if causal else back.abs() <= window
     if attention_mask is None:
         attention_mask = torch.ones(1, num_frames, dtype=torch.bool, device=states.device)
-    # (B, T) -> (B, blocks, 1, block + 2 * window)
-    own = blocks_with_context(attention_mask[..., None], block, window, num_blocks)[..., None, :, 0]
+    own = with_neighbours(into_blocks(attention_mask[..., None], window)).transpose(-2, -1)  # (B, blocks, 1, 3 * W)
     return as_bias((near & own)[:, None], states.dtype)
-
-
-def blocks_with_context(states: torch.Tensor, block: int, window: int, num_blocks: int) -> torch.Tensor:
-    """(..., T, D) → (..., num_blocks, block + 2 * window, D), zeros beyond both ends."""
-    padded = nn.functional.pad(states, (0, 0, window, num_blocks * block - states.shape[-2] + window))
-    return padded.unfold(-2, block + 2 * window, block).transpose(-2, -1)
 
 
 def local_attention_forward(module, query, key, value, attention_mask, scaling, dropout, sliding_window):
@@ -240,12 +237,12 @@ def local_attention_forward(module, query, key, value, attention_mask, scaling, 
     Args:
         attention_mask: of `local_attention_mask`.
     """
-    block, num_frames = local_block(sliding_window), query.shape[2]
-    num_blocks = attention_mask.shape[2]
-    query = nn.functional.pad(query, (0, 0, 0, num_blocks * block - num_frames)).unflatten(2, (num_blocks, block))
-    key, value = (blocks_with_context(states, block, sliding_window, num_blocks) for states in (key, value))
-    output, _ = attend(query, key, value, attention_mask, scaling, dropout, module.training)
-    return output.flatten(2, 3)[:, :, :num_frames].transpose(1, 2)  # (B, N, blocks, block, D) -> (B, T, N, D)
+    num_frames = query.shape[2]
+    query, key, value = (into_blocks(states, sliding_window) for states in (query, key, value))
+    output, _ = attend(
+        query, with_neighbours(key), with_neighbours(value), attention_mask, scaling, dropout, module.training
+    )
+    return output.flatten(2, 3)[:, :, :num_frames].transpose(1, 2)  # (B, N, blocks, W, D) -> (B, T, N, D)
 
 
 class SpeechCLAttention(nn.Module):

@@ -62,7 +62,7 @@ class LogMelTargets(nn.Module):
         self.dim = self.mel_per_frame * num_mel_bins
 
     def forward(self, batch: dict[str, torch.Tensor], outputs: ModelOutput) -> torch.Tensor:
-        """Targets (B, T, dim) of a batch from its `clean_values` where it has these, and what the encoder made of it."""
+        """Targets (B, T, dim) of a batch from its `clean_values` where it has these, and what was made of it."""
         num_frames, attention_mask = outputs.last_hidden_state.shape[1], batch.get("attention_mask")
         if self.is_encoders and "clean_values" not in batch:
             log_mel = outputs.log_mel
