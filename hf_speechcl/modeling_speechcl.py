@@ -59,43 +59,45 @@ class SpeechCLLogMel(nn.Module):
     def __init__(self, config: SpeechCLConfig):
         super().__init__()
         self.config = config
-        self.n_fft = 2 ** math.ceil(math.log2(config.frame_length))
-        self._constants = None  # no buffers: these would be cast with the weights, and are not saved
+        # No buffers: these would be cast with the weights, and are not saved.
+        self.transform, self.filters = self._constants()
 
-    def constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _constants(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Real and imaginary parts of the windowed, mean-free Fourier transform (frame_length, 2K), and the mel filters
         (2K, num_mel_bins) of both, of the K frequencies that a filter reaches."""
-        if self._constants is None or self._constants[0].device != device:
-            filters = mel_filter_bank(
-                num_frequency_bins=self.n_fft // 2 + 1,
-                num_mel_filters=self.config.num_mel_bins,
+        config = self.config
+        n_fft = 2 ** math.ceil(math.log2(config.frame_length))
+        filters = torch.from_numpy(
+            mel_filter_bank(
+                num_frequency_bins=n_fft // 2 + 1,
+                num_mel_filters=config.num_mel_bins,
                 min_frequency=20.0,
-                max_frequency=self.config.sampling_rate / 2,
-                sampling_rate=self.config.sampling_rate,
+                max_frequency=config.sampling_rate / 2,
+                sampling_rate=config.sampling_rate,
                 mel_scale="kaldi",
                 triangularize_in_mel_space=True,
             )
-            filters = torch.from_numpy(filters).double()
-            reached = filters.any(1)
-            times = torch.arange(self.config.frame_length, dtype=torch.float64)
-            angles = 2 * math.pi / self.n_fft * torch.outer(times, torch.arange(len(filters))[reached].double())
-            window = torch.hann_window(self.config.frame_length, periodic=False, dtype=torch.float64)
-            transform = torch.cat((angles.cos(), angles.sin()), dim=1) * window[:, None]
-            transform = transform - transform.mean(0)  # of a frame less its mean
-            filters = filters[reached].repeat(2, 1)
-            self._constants = transform.to(device, torch.float32), filters.to(device, torch.float32)
-        return self._constants
+        )
+        in_double = {"dtype": torch.float64, "device": "cpu"}  # also where models are made without memory
+        reached = filters.any(1)
+        frequencies = torch.arange(n_fft // 2 + 1, **in_double)[reached]
+        angles = 2 * math.pi / n_fft * torch.outer(torch.arange(config.frame_length, **in_double), frequencies)
+        window = torch.hann_window(config.frame_length, periodic=False, **in_double)
+        transform = torch.cat((angles.cos(), angles.sin()), dim=1) * window[:, None]
+        transform = transform - transform.mean(0)  # of a frame less its mean
+        return transform.float(), filters[reached].repeat(2, 1).float()
 
     @torch.no_grad()
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         """(B, S) waveform in [-1, 1] → (B, ceil(S / hop_length), num_mel_bins)."""
         hop, length = self.config.hop_length, self.config.frame_length
-        transform, filters = self.constants(input_values.device)
+        if self.transform.device != input_values.device:
+            self.transform, self.filters = self.transform.to(input_values.device), self.filters.to(input_values.device)
         with torch.autocast(input_values.device.type, enabled=False):
             left = (length - hop) // 2
             right = length - hop - left + -input_values.shape[-1] % hop
             frames = nn.functional.pad(input_values.float(), (left, right)).unfold(-1, length, hop)
-            energies = (frames @ transform).square_() @ filters
+            energies = (frames @ self.transform).square_() @ self.filters
             energies = energies.clamp_min_(self.config.log_mel_floor).log_()
             return energies.sub_(self.config.log_mel_mean).div_(self.config.log_mel_std)
 

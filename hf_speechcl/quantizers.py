@@ -89,7 +89,9 @@ def code_histogram(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
     """How often each code occurs: codes (M, G) → counts (G, codebook_size)."""
     num_codebooks = codes.shape[1]
     offsets = torch.arange(num_codebooks, device=codes.device) * codebook_size
-    return torch.bincount((codes + offsets).flatten(), minlength=num_codebooks * codebook_size).view(num_codebooks, -1)
+    positions = (codes + offsets).flatten()
+    counts = torch.zeros(num_codebooks * codebook_size, dtype=torch.long, device=codes.device)
+    return counts.index_add_(0, positions, torch.ones_like(positions)).view(num_codebooks, -1)
 
 
 def perplexity(histogram: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..modeling_speechcl import length_mask
+
 
 @dataclass
 class ObjectiveOutput:
@@ -87,10 +89,9 @@ def take_frames(frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return frames.flatten(0, 1).index_select(0, positions)
 
 
-def own_positions(batch: dict[str, torch.Tensor], num_frames: int) -> torch.Tensor:
-    """Positions of all frames of a batch that are no padding, as `take_frames` takes them."""
-    counts = batch["frame_counts"]
-    return (torch.arange(num_frames, device=counts.device) < counts[:, None]).flatten().nonzero()[:, 0]
+def own_frames(frames: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All frames of a batch, zero where they are padding: (B, T, C) → (B * T, C)."""
+    return (frames * length_mask(batch["frame_counts"], frames.shape[1])[..., None]).flatten(0, 1)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .base import Objective, ObjectiveOutput, check_choice, in_float32, own_positions, take_frames
+from .base import Objective, ObjectiveOutput, check_choice, in_float32, own_frames, take_frames
 from .targets import LogMelTargets
 
 
@@ -12,6 +12,21 @@ def reconstruction_loss(predictions: torch.Tensor, targets: torch.Tensor, norm: 
     """Absolute ("l1") or squared ("l2") error, averaged over channels, summed over frames (M, C)."""
     error = predictions - targets
     return (error.abs() if norm == "l1" else error.square()).mean(-1).sum()
+
+
+def head_loss(
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    batch: dict[str, torch.Tensor],
+    masked_only: bool,
+    norm: str,
+) -> torch.Tensor:
+    """Loss of what `head` makes of hidden states (B, T, H) against targets (B, T, C), at masked or at all frames."""
+    if masked_only:
+        hidden_states, targets = (take_frames(frames, batch["masked_positions"]) for frames in (hidden_states, targets))
+        return reconstruction_loss(head(hidden_states), targets, norm)
+    return reconstruction_loss(own_frames(head(hidden_states), batch), own_frames(targets, batch), norm)
 
 
 class Denoising(Objective):
@@ -52,11 +67,10 @@ class Denoising(Objective):
             attention_mask=batch.get("attention_mask"),
             mask_time_indices=batch["mask_time_indices"] if self.uses_mask else None,
         )
-        hidden_states, targets = outputs.last_hidden_state, self.targets(batch, outputs)
-        counted = batch["masked_positions"] if self.uses_mask else own_positions(batch, hidden_states.shape[1])
-        predictions = self.head(take_frames(hidden_states, counted))
         return ObjectiveOutput(
-            loss=reconstruction_loss(predictions, take_frames(targets, counted), self.norm),
+            loss=head_loss(
+                self.head, outputs.last_hidden_state, self.targets(batch, outputs), batch, self.uses_mask, self.norm
+            ),
             num_items=self.count_items(batch),
             metrics={},
         )

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from .base import Objective, ObjectiveOutput, check_choice, own_positions, take_frames
-from .denoising import reconstruction_loss
+from .base import Objective, ObjectiveOutput, check_choice
+from .denoising import head_loss
 from .targets import LogMelTargets
 
 
@@ -67,11 +67,10 @@ class MaskedReconstruction(Objective):
             mask_time_indices=batch["mask_time_indices"],
             **alteration,
         )
-        hidden_states, targets = outputs.last_hidden_state, self.targets(batch, outputs)
-        counted = batch["masked_positions"] if self.masked_only else own_positions(batch, hidden_states.shape[1])
-        predictions = self.head(take_frames(hidden_states, counted))
         return ObjectiveOutput(
-            loss=reconstruction_loss(predictions, take_frames(targets, counted), self.norm),
+            loss=head_loss(
+                self.head, outputs.last_hidden_state, self.targets(batch, outputs), batch, self.masked_only, self.norm
+            ),
             num_items=self.count_items(batch),
             metrics={},
         )

@@ -58,6 +58,8 @@ class LogMelTargets(nn.Module):
         )
         self.log_mel = SpeechCLLogMel(log_mel_config)
         self.is_encoders = all(getattr(config, name, None) == getattr(log_mel_config, name) for name in LOG_MEL_FIELDS)
+        # Other encoders give a frame less than the waveform has room for.
+        self.pads_ends = config.model_type == "speechcl"
         self.mel_per_frame = config.inputs_to_logits_ratio // hop
         self.dim = self.mel_per_frame * num_mel_bins
 
@@ -68,8 +70,8 @@ class LogMelTargets(nn.Module):
             log_mel = outputs.log_mel
         else:
             log_mel = self.log_mel(batch.get("clean_values", batch["input_values"]))
-        # An encoder without padding at its ends gives a frame less than the waveform has room for.
-        log_mel = log_mel[:, : num_frames * self.mel_per_frame]
+        if not self.pads_ends:
+            log_mel = log_mel[:, : num_frames * self.mel_per_frame]
         if attention_mask is None:
             lengths = torch.full((len(log_mel),), log_mel.shape[1], device=log_mel.device)
         else:
