@@ -200,7 +200,8 @@ def test_logged_scalars_are_those_of_all_batches_since_the_last_log(corpus, tmp_
     sampler = trainer.get_train_dataloader()
     with torch.no_grad():
         outputs = [
-            trainer.model(**{key: value for key, value in batch.items() if key != "num_skipped"}) for batch in sampler
+            trainer.model(**{key: value for key, value in batch.items() if key != "num_skipped"})
+            for batch in map(trainer._prepare_inputs, sampler)
         ]
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -7,6 +7,7 @@ import numpy as np
 import soxr
 from scipy import signal
 
+from .audio import to_float32
 from .dataset import SpeechDataset
 from .rooms import NUM_ROOMS, room_response
 
@@ -224,5 +225,5 @@ class Augmentation:
         for index in rng.integers(len(dataset), size=TRIES):
             clip = dataset[0, int(index)]["input_values"]
             if clip is not None:
-                return clip
+                return to_float32(clip)
         return None
