@@ -24,7 +24,6 @@ from ..data import PretrainingCollator, SpeechDataset
 from ..data.augment import Augmentation, check_probabilities, keeps_time
 from ..data.corpora import load_corpus, load_train_and_validation
 from ..data.folders import source_name
-from ..data.rooms import simulate_rooms
 from ..data.units import Units
 from ..hub import find_model
 from ..pretraining import SpeechCLForPreTraining, objective_options
@@ -251,6 +250,8 @@ def build_trainer(
         used is not None and used.probabilities.get("reverb")
         for used in (collator.view_augmentation, collator.corruption)
     ):
+        from ..data.rooms import simulate_rooms
+
         simulate_rooms(config.sampling_rate)
     return PretrainingTrainer(
         model=model,
