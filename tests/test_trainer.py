@@ -494,6 +494,20 @@ def test_items_are_made_ahead_in_order_and_an_error_comes_in_its_place():
     assert list(ahead([])) == []
 
 
+def test_benchmark_of_the_data_path_prints_its_tables():
+    output = run_script(
+        "benchmarks/data_path.py", "--encoder_options", *TINY_OPTIONS, "--threads", 1, "--updates", 3, "--rounds", 1,
+        "--max_seconds_per_batch", 8, "--decoded_seconds", 5, "--command", "False",
+    ).stdout  # fmt: skip
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line[:1] == "|"]
+    shares = {row[0]: float(row[3].split()[0]) for row in rows if len(row) == 4 and row[1][:1].isdigit()}
+    assert shares.pop("bare loop, batches in memory") == 1
+    assert len(shares) == 7
+    assert all(share > 0 for share in shares.values())
+    assert {"decoding, with the rows", "the corpus"} <= {row[0] for row in rows}
+    assert "float32, cpu, 8 s a batch" in output.splitlines()[0]
+
+
 def test_evaluation_draws_nothing_from_the_generator_of_training(corpus, tmp_path):
     trainer = make_pretraining_trainer(corpus, tmp_path)
     before = torch.get_rng_state()

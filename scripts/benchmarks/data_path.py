@@ -45,7 +45,6 @@ from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 2  # updates at the start of a run that are not timed
-DECODED_SECONDS = 600.0  # of audio to find the rate of decoding with
 
 
 @dataclass
@@ -58,9 +57,10 @@ class Arguments:
     bf16: bool = option(False, "Autocast to bfloat16.")
     device: str = option("cpu", "cpu, or cuda for the accelerator.")
     threads: int = option(2, "Threads of PyTorch.")
-    updates: int = option(20, "Updates of a run.")
-    rounds: int = option(3, "Runs of each kind, in turn.")
+    updates: int = option(10, "Updates of a run.")
+    rounds: int = option(5, "Runs of each kind, in turn.")
     checkpoint_updates: int = option(200, "Updates between two checkpoints and validations, for their share.")
+    decoded_seconds: float = option(600.0, "Seconds of audio to find the rate of decoding with.")
     command: bool = option(True, "Also time scripts/pretrain.py from its start to its first update.")
 
     def __post_init__(self):
@@ -217,7 +217,7 @@ def main() -> None:
         bench = Bench(args, folder)
         share_of_bare_step(bench)
         parts_of_an_update(bench)
-    rates_of_decoding(bench.train)
+    rates_of_decoding(bench.train, args.decoded_seconds)
     if args.command:
         first_update(args)
 
@@ -233,26 +233,28 @@ def share_of_bare_step(bench: Bench) -> None:
         "bare loop, batches in memory": bench.bare,
         "Trainer, batches in memory": lambda: bench.trained("batches"),
         "Trainer, clips decoded before, a thread (later epochs)": lambda: bench.trained("clips"),
+        "Trainer, clips decoded before, no thread": lambda: bench.trained("clips", thread=False),
         "Trainer, decoding, a thread (first epoch)": bench.trained,
         "Trainer, decoding, no thread": lambda: bench.trained(thread=False),
         "Trainer, decoding, 1 process": lambda: bench.trained(workers=1),
         "Trainer, decoding, 2 processes": lambda: bench.trained(workers=2),
     }
-    seconds = [{kind: run() for kind, run in kinds.items()} for _ in range(bench.args.rounds)]
+    rng, bare = np.random.default_rng(0), "bare loop, batches in memory"
+    seconds = [{kind: kinds[kind]() for kind in rng.permutation(list(kinds))} for _ in range(bench.args.rounds)]
     audio = sum(bench.train.durations[key[1]] for keys in bench.keys[WARM_UP:] for key in keys)
     audio /= len(bench.keys) - WARM_UP
-    print(f"| {bench.args.rounds} runs of {bench.args.updates} updates | ms an update | audio s/s | of the bare loop |")
+    print(f"Medians (and quartiles) of {bench.args.rounds} runs of {bench.args.updates} updates, each in turn:\n")
+    print("| | ms an update | audio s/s | of the bare loop in the same round |")
     print("|---|---|---|---|")
     for kind in kinds:
-        middle = statistics.median(run[kind] for run in seconds)
-        shares = [run["bare loop, batches in memory"] / run[kind] for run in seconds]
+        low, middle, high = np.percentile([run[kind] for run in seconds], (25, 50, 75))
+        lowest, share, highest = np.percentile([run[bare] / run[kind] for run in seconds], (25, 50, 75))
         print(
-            f"| {kind} | {1000 * middle:.1f} ({1000 * min(run[kind] for run in seconds):.1f}-"
-            f"{1000 * max(run[kind] for run in seconds):.1f}) | {audio / middle:.0f} | "
-            f"{statistics.median(shares):.3f} ({min(shares):.3f}-{max(shares):.3f}) |"
+            f"| {kind} | {1000 * middle:.1f} ({1000 * low:.1f}-{1000 * high:.1f}) | {audio / middle:.0f} | "
+            f"{share:.3f} ({lowest:.3f}-{highest:.3f}) |"
         )
     print(flush=True)
-    bench.seconds = statistics.median(run["bare loop, batches in memory"] for run in seconds)
+    bench.seconds = float(np.median([run[bare] for run in seconds]))
 
 
 def parts_of_an_update(bench: Bench) -> None:
@@ -308,10 +310,10 @@ def timed(function, inputs) -> float:
     return statistics.median(seconds)
 
 
-def rates_of_decoding(dataset: SpeechDataset) -> None:
+def rates_of_decoding(dataset: SpeechDataset, seconds: float) -> None:
     """Print hours of audio decoded in a second by one thread and by two, of the corpus and of other formats."""
     order = np.random.default_rng(0).permutation(len(dataset))
-    order = order[: np.searchsorted(np.cumsum(dataset.durations[order]), DECODED_SECONDS) + 1]
+    order = order[: np.searchsorted(np.cumsum(dataset.durations[order]), seconds) + 1]
     rows = [dataset.corpus[int(row)]["audio"] for row in dict.fromkeys(dataset.rows[order].tolist())]
     rate = dataset.sampling_rate
     waveforms = [read_audio(row, rate) for row in rows]
