@@ -104,6 +104,7 @@ class SpeechTrainer(Trainer):
             for dataset in (self.train_dataset, self.eval_dataset):
                 dataset.keep_decoded(self.args.decoded_gb * 1e9)
         self.train_sums = Sums()
+        self.makes_ahead = self.args.device.type != "cpu"  # where the model runs on the same cores, nothing is won
         self.batches_of: tuple[Iterator | None, Iterator | None] = (None, None)
 
     def objective_outputs(self, model, inputs: dict) -> dict[str, ObjectiveOutput]:
@@ -150,7 +151,7 @@ class SpeechTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one update, and how many items of each objective they hold over all ranks."""
         if self.batches_of[0] is not epoch_iterator:
-            self.batches_of = (epoch_iterator, ahead(epoch_iterator))
+            self.batches_of = (epoch_iterator, ahead(epoch_iterator) if self.makes_ahead else epoch_iterator)
         batches = list(itertools.islice(self.batches_of[1], num_batches))
         counts: dict[str, torch.Tensor] = {}
         for batch in batches:
@@ -228,7 +229,7 @@ class SpeechTrainer(Trainer):
         self.callback_handler.eval_dataloader = loader
         self.model.eval()
         sums = Sums()
-        for inputs in ahead(loader):
+        for inputs in ahead(loader) if self.makes_ahead else loader:
             inputs = self._prepare_inputs(inputs)
             num_skipped = inputs.pop("num_skipped")
             with self.compute_loss_context_manager():
