@@ -35,7 +35,7 @@ def speech(corpus):
 @pytest.fixture(scope="module", autouse=True)
 def _two_rooms():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(augment, "NUM_ROOMS", 2)  # each takes a tenth of a second
+        patch.setattr(rooms, "NUM_ROOMS", 2)  # each takes a tenth of a second
         yield
 
 

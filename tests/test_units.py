@@ -12,6 +12,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from hf_speechcl import SpeechCLConfig, SpeechCLForPreTraining, SpeechCLModel, SpeechDataset, load_corpus
 from hf_speechcl.data import PretrainingCollator
+from hf_speechcl.data.audio import to_float32
 from hf_speechcl.data.units import Units, units_table
 from hf_speechcl.objectives.hubert import HuBERT, unit_logits
 from hf_speechcl.training import make_units, pretrain
@@ -150,7 +151,7 @@ def test_store_holds_units_and_nothing_pickled(units1):
 def test_units_are_the_nearest_centroids(units1, corpus):
     dataset = SpeechDataset(corpus, 16000, max_seconds=15.0, min_seconds=0.4)
     clips = units1.of_clips(dataset, "validation")
-    frames = MFCC()(torch.from_numpy(dataset[0, 3]["input_values"]))
+    frames = MFCC()(torch.from_numpy(to_float32(dataset[0, 3]["input_values"])))
     distances = ((frames[:, None] - units1.centroids) ** 2).sum(-1)
     assert clips[3].tolist() == distances.argmin(-1).tolist()
 

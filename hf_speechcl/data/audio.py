@@ -1,4 +1,4 @@
-"""One clip: encoded bytes or a file → float32 mono samples at the model's rate."""
+"""One clip: encoded bytes or a file → mono samples at the model's rate, float32 or of 16 bits."""
 
 import io
 import re
@@ -11,6 +11,8 @@ import soundfile
 import soxr
 
 MAX_OGG_PAGE = 65307
+FULL_SCALE = 32768  # of 16-bit samples
+MAX_PEAK = 8.0  # codecs and resampling overshoot full scale a little; more is another scale
 UNKNOWN_SIZE = 0x7FFFF000  # sizes from here on are written by programs that did not know the size when they began
 
 
@@ -103,8 +105,26 @@ def read_audio(
         raise AudioError(f"truncated: {len(samples) / rate:.2f} s of {count / rate:.2f} s can be decoded")
     if not np.isfinite(samples).all():
         raise AudioError("holds samples that are not finite")
-    mono = samples.mean(axis=1)
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     return mono if rate == sampling_rate else soxr.resample(mono, rate, sampling_rate)
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """(S,) float32 in [-1, 1] → (S,) int16, rounded; what lies beyond full scale is cut off.
+
+    Raises:
+        AudioError: samples of a scale of their own, as some programs write them into floating-point files.
+    """
+    scaled = samples * np.float32(FULL_SCALE)
+    if len(scaled) and (peak := max(scaled.max(), -scaled.min()) / FULL_SCALE) > MAX_PEAK:
+        raise AudioError(f"holds samples of up to {peak:.4g}, expected -1 to 1: scale them")
+    np.rint(scaled, out=scaled)
+    return np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1, out=scaled).astype(np.int16)
+
+
+def to_float32(samples: np.ndarray) -> np.ndarray:
+    """(S,) int16 → (S,) float32 in [-1, 1), exactly; float32 as it is."""
+    return samples / np.float32(FULL_SCALE) if samples.dtype == np.int16 else samples
 
 
 def stream_audio(audio: dict[str, Any], sampling_rate: int, block_seconds: float = 10.0) -> Iterator[np.ndarray]:

@@ -5,10 +5,9 @@ The functions are pure: (S,) float32 in, (S,) float32 out, the input unchanged. 
 
 import numpy as np
 import soxr
-from scipy import signal
 
+from .audio import to_float32
 from .dataset import SpeechDataset
-from .rooms import NUM_ROOMS, room_response
 
 CORRUPTIONS = ("speed", "mix", "reverb", "noise", "band_limit", "clipping", "gain", "drop")  # in the order applied
 SPEED_FACTOR = (0.9, 1.1)  # Ko et al. 2015, "Audio augmentation for speech recognition": 0.9, 1.0 and 1.1
@@ -64,6 +63,8 @@ def reverberate(clip: np.ndarray, rir: np.ndarray) -> np.ndarray:
         clip: (S,)
         rir: (N,) the room's impulse response from the direct path on, so that the sound keeps its place in time.
     """
+    from scipy import signal  # takes half a second, as .rooms does, that runs without reverberation do not spend
+
     wet = signal.fftconvolve(clip, rir[: len(clip)])[: len(clip)]
     return (wet * (_rms(clip) / max(_rms(wet), np.finfo(np.float32).tiny))).astype(np.float32)
 
@@ -75,6 +76,8 @@ def add_noise(clip: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
 
 def low_pass(clip: np.ndarray, cutoff: float, sampling_rate: int) -> np.ndarray:
     """Take away what lies above `cutoff` Hz, by STOP_BAND_DB at least and without delay."""
+    from scipy import signal
+
     filter = signal.cheby2(8, STOP_BAND_DB / 2, cutoff, fs=sampling_rate, output="sos")  # runs forth and back
     padding = min(3 * (2 * len(filter) + 1), len(clip) - 1)
     return signal.sosfiltfilt(filter, clip, padlen=padding).astype(np.float32)
@@ -191,6 +194,8 @@ class Augmentation:
         return add_speech(clip, speech, rng.uniform(*MIX_RATIO_DB), starts, length)
 
     def _reverb(self, clip, rng):
+        from .rooms import NUM_ROOMS, room_response
+
         return reverberate(clip, room_response(int(rng.integers(NUM_ROOMS)), self.sampling_rate))
 
     def _noise(self, clip, rng):
@@ -224,5 +229,5 @@ class Augmentation:
         for index in rng.integers(len(dataset), size=TRIES):
             clip = dataset[0, int(index)]["input_values"]
             if clip is not None:
-                return clip
+                return to_float32(clip)
         return None

@@ -1,8 +1,11 @@
 """Clips → padded batches with everything that is drawn at random, so that the model draws nothing.
 
-A batch always holds `input_values` (B, S) float32 and `num_skipped`, the number of clips left out because they could
-not be decoded; `attention_mask` (B, S), 1 on samples and 0 on padding, only where something is padded. A batch of
+A batch always holds `input_values` (B, S) and `num_skipped`, the number of clips left out because they could not be
+decoded; `attention_mask` (B, S) bool, true on samples and false on padding, only where something is padded. A batch of
 which no clip is left holds a tenth of a second of silence with nothing to learn from, so that all ranks go on in step.
+
+Waveforms of 16 bits stay such, a quarter of what float32 and a mask of integers would take on the way to the device,
+where `float_waveforms` makes the float32 of them that models want. What is corrupted or augmented is float32.
 """
 
 from collections.abc import Callable
@@ -11,21 +14,38 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .audio import FULL_SCALE, to_float32
 from .masking import draw_negatives, span_mask
 
 VIEW_SHARE = (0.6, 1.0)
 
 
 def pad_waveforms(clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    """`input_values` (B, S), padded with zeros at the end, and `attention_mask` (B, S) int64 where lengths differ."""
+    """`input_values` (B, S), padded with zeros at the end, int16 if all clips are and float32 otherwise, and
+    `attention_mask` (B, S) bool where lengths differ."""
+    if len({clip.dtype for clip in clips}) > 1:
+        clips = [to_float32(clip) for clip in clips]
     lengths = np.array([len(clip) for clip in clips])
-    input_values = np.zeros((len(clips), lengths.max()), dtype=np.float32)
-    for row, clip in zip(input_values, clips):
-        row[: len(clip)] = clip
-    batch = {"input_values": torch.from_numpy(input_values)}
+    batch = {"input_values": stack_rows(clips, lengths.max())}
     if (lengths < lengths.max()).any():
-        batch["attention_mask"] = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).long()
+        batch["attention_mask"] = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None])
     return batch
+
+
+def float_waveforms(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with its waveforms of 16 bits as float32 in [-1, 1), made where the batch is."""
+    return {
+        name: values.float().div_(FULL_SCALE) if values.dtype == torch.int16 else values
+        for name, values in batch.items()
+    }
+
+
+def float_clips(clips: list[dict]) -> list[dict]:
+    """Clips of a `SpeechDataset` with `input_values` float32, as a list."""
+    return [
+        clip if clip["input_values"] is None else clip | {"input_values": to_float32(clip["input_values"])}
+        for clip in clips
+    ]
 
 
 def stack_rows(rows: list[np.ndarray], width: int, fill=0) -> torch.Tensor:
@@ -39,7 +59,7 @@ def stack_rows(rows: list[np.ndarray], width: int, fill=0) -> torch.Tensor:
 def begin_batch(clips: list[dict]) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """The clips that could be decoded, and a batch of their waveforms."""
     usable = [clip for clip in clips if clip["input_values"] is not None]
-    batch = pad_waveforms([clip["input_values"] for clip in usable] or [np.zeros(1600, dtype=np.float32)])
+    batch = pad_waveforms([clip["input_values"] for clip in usable] or [np.zeros(1600, dtype=np.int16)])
     batch["num_skipped"] = torch.tensor(len(clips) - len(usable))
     return usable, batch
 
@@ -152,7 +172,7 @@ class PretrainingCollator:
             self._add_log_mel_noise(usable, rngs, batch)
         if self.corrupt_input and usable:
             batch["clean_values"] = batch["input_values"]
-            corrupted = [self.corruption(clip["input_values"], rng) for clip, rng in zip(usable, rngs)]
+            corrupted = [self.corruption(to_float32(clip["input_values"]), rng) for clip, rng in zip(usable, rngs)]
             batch["input_values"] = pad_waveforms(corrupted)["input_values"]
         if self.units is not None:
             rows = [self.units(clip["index"], length) for clip, length in zip(usable, lengths)]
@@ -164,7 +184,7 @@ class PretrainingCollator:
         views = [
             self._view(clip["input_values"], rng) for clip, rng in zip(usable, rngs) for _ in range(self.num_views)
         ]
-        padded = pad_waveforms(views or [np.zeros(1600, dtype=np.float32)])
+        padded = pad_waveforms(views or [np.zeros(1600, dtype=np.int16)])
         batch |= {f"view_{name.removeprefix('input_')}": values for name, values in padded.items()}
         batch["clip_labels"] = torch.tensor([clip["label"] for clip in usable], dtype=torch.long)
         batch["clip_keys"] = torch.tensor([rng.integers(2**62) for rng in rngs], dtype=torch.long)
@@ -173,7 +193,7 @@ class PretrainingCollator:
         length = max(1, int(min(len(clip), self.max_view_samples) * rng.uniform(*VIEW_SHARE)))
         start = rng.integers(len(clip) - length + 1)
         view = clip[start : start + length]
-        return view if self.view_augmentation is None else self.view_augmentation(view, rng)
+        return view if self.view_augmentation is None else self.view_augmentation(to_float32(view), rng)
 
     def _add_log_mel_noise(
         self, usable: list[dict], rngs: list[np.random.Generator], batch: dict[str, torch.Tensor]

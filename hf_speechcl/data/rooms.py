@@ -1,6 +1,7 @@
 """Impulse responses of simulated rooms."""
 
 from functools import cache
+from threading import Lock
 
 import numpy as np
 import pyroomacoustics
@@ -11,6 +12,7 @@ ROOM_SIZE = ((3.0, 3.0, 2.5), (10.0, 8.0, 4.0))  # metres, least and greatest; a
 ROOM_RT60 = (0.2, 0.6)  # seconds, by Sabine's formula, which has no solution below 0.2 s in the largest room
 WALL_DISTANCE = 0.5  # metres, as the next
 TALKER_DISTANCE = (0.3, 3.0)
+ONE_THREAD = Lock()  # held while pyroomacoustics is set to use one
 
 
 def simulate_room(sampling_rate: int, rng: np.random.Generator) -> np.ndarray:
@@ -44,12 +46,13 @@ def simulate_room(sampling_rate: int, rng: np.random.Generator) -> np.ndarray:
 @cache
 def room_response(index: int, sampling_rate: int) -> np.ndarray:
     """The impulse response of one of NUM_ROOMS rooms, the same in every process; simulated once in each."""
-    threads = pyroomacoustics.constants.get("num_threads")
-    pyroomacoustics.constants.set("num_threads", 1)  # sums in another order would differ in their last bits
-    try:
-        return simulate_room(sampling_rate, np.random.default_rng((ROOM_SEED, index)))
-    finally:
-        pyroomacoustics.constants.set("num_threads", threads)
+    with ONE_THREAD:
+        threads = pyroomacoustics.constants.get("num_threads")
+        pyroomacoustics.constants.set("num_threads", 1)  # sums in another order would differ in their last bits
+        try:
+            return simulate_room(sampling_rate, np.random.default_rng((ROOM_SEED, index)))
+        finally:
+            pyroomacoustics.constants.set("num_threads", threads)
 
 
 def simulate_rooms(sampling_rate: int) -> None:

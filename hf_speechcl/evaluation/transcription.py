@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.batching import DurationBatchSampler
+from ..data.collators import float_clips
 from ..data.dataset import SpeechDataset
 from ..recognizer import SpeechRecognizer
 from ..recordings import RecordingArguments
@@ -139,7 +140,7 @@ def transcribe(
         world_size=state.num_processes,
     )
     left = [[key for key in batch if names[key[1]] not in records] for batch in sampler]
-    loader = DataLoader(dataset, batch_sampler=[batch for batch in left if batch], collate_fn=list)
+    loader = DataLoader(dataset, batch_sampler=[batch for batch in left if batch], collate_fn=float_clips)
     progress = tqdm(
         total=len(names),
         initial=len(records),

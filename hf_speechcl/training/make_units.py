@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..command_line import option, parse_arguments
 from ..data import SpeechDataset
+from ..data.audio import FULL_SCALE
 from ..data.corpora import load_train_and_validation
 from ..data.folders import source_name, without_folders
 from ..data.units import Units, clip_names, units_table
@@ -90,7 +91,7 @@ def clip_features(features, dataset: SpeechDataset, indices, num_workers: int, l
     keys = [(0, int(index)) for index in indices]
     loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=num_workers, generator=torch.Generator())
     for clip in tqdm(loader, desc=label, unit="clip", mininterval=1):
-        yield None if clip["input_values"] is None else features(clip["input_values"])
+        yield None if clip["input_values"] is None else features(clip["input_values"].float() / FULL_SCALE)
 
 
 def fit_centroids(features, dataset: SpeechDataset, args: UnitArguments) -> np.ndarray:

@@ -24,7 +24,6 @@ from ..data import PretrainingCollator, SpeechDataset
 from ..data.augment import Augmentation, check_probabilities, keeps_time
 from ..data.corpora import load_corpus, load_train_and_validation
 from ..data.folders import source_name
-from ..data.rooms import simulate_rooms
 from ..data.units import Units
 from ..hub import find_model
 from ..pretraining import SpeechCLForPreTraining, objective_options
@@ -212,12 +211,13 @@ def write_encoder_card(
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_arguments(
-        [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], DESCRIPTION, argv
-    )
-    set_up_logging(args)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+def build_trainer(
+    model_args: PretrainingModelArguments,
+    data_args: PretrainingDataArguments,
+    args: SpeechTrainingArguments,
+    checkpoint: str | None = None,
+) -> PretrainingTrainer:
+    """Model, corpus and batches as the options ask for them, ready to train from the beginning or a checkpoint."""
     set_seed(args.seed)
     units = None if data_args.units is None else Units.load(data_args.units)
     model = build_model(model_args, units)
@@ -250,8 +250,10 @@ def main(argv: list[str] | None = None) -> None:
         used is not None and used.probabilities.get("reverb")
         for used in (collator.view_augmentation, collator.corruption)
     ):
+        from ..data.rooms import simulate_rooms
+
         simulate_rooms(config.sampling_rate)
-    trainer = PretrainingTrainer(
+    return PretrainingTrainer(
         model=model,
         args=args,
         train_dataset=datasets["train"],
@@ -266,5 +268,14 @@ def main(argv: list[str] | None = None) -> None:
             sampling_rate=config.sampling_rate, do_normalize=False, return_attention_mask=True
         ),
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_arguments(
+        [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], DESCRIPTION, argv
+    )
+    set_up_logging(args)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    trainer = build_trainer(model_args, data_args, args, checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     finish_run(trainer, result.metrics["train_runtime"], partial(write_encoder_card, trainer, model_args, data_args))

@@ -4,7 +4,9 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..cards import CURVES, plot_curves
 from ..data.batching import DurationBatchSampler
+from ..data.collators import float_waveforms
 from ..data.dataset import SpeechDataset
 from ..data.folders import source_name, without_folders
 from ..hub import prepare_repository, publish
@@ -31,8 +34,18 @@ class EpochDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
+def ahead(items: Iterable, depth: int = 2) -> Iterator:
+    """The items in their order, up to `depth` of them made by a thread while the caller works on earlier ones."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item
+
+
 class Sums:
-    """Losses, item counts and metrics of objectives, added up over batches."""
+    """Losses, item counts and metrics of objectives, added up over batches on their device, without waiting for it."""
 
     def __init__(self):
         self.outputs: dict[str, ObjectiveOutput] = {}
@@ -40,7 +53,7 @@ class Sums:
 
     @torch.no_grad()
     def add(self, outputs: dict[str, ObjectiveOutput], num_skipped: torch.Tensor) -> None:
-        self.num_skipped = self.num_skipped + num_skipped.cpu()
+        self.num_skipped = self.num_skipped + num_skipped
         for name, output in outputs.items():
             loss, num_items, metrics = output.loss.detach(), output.num_items, output.metrics
             if name in self.outputs:
@@ -58,7 +71,7 @@ class Sums:
             )
             for name, o in self.outputs.items()
         }
-        for part in gather_object([(outputs, self.num_skipped)]):
+        for part in gather_object([(outputs, self.num_skipped.cpu())]):
             total.add(*part)
         return total
 
@@ -87,7 +100,12 @@ class SpeechTrainer(Trainer):
         self.max_seconds_per_batch = max_seconds_per_batch
         self.eval_collator = eval_collator or self.data_collator
         self.loss_is_scaled_for_ga = True
+        if self.args.dataloader_num_workers == 0:
+            for dataset in (self.train_dataset, self.eval_dataset):
+                dataset.keep_decoded(self.args.decoded_gb * 1e9)
         self.train_sums = Sums()
+        self.makes_ahead = self.args.device.type != "cpu"  # where the model runs on the same cores, nothing is won
+        self.batches_of: tuple[Iterator | None, Iterator | None] = (None, None)
 
     def objective_outputs(self, model, inputs: dict) -> dict[str, ObjectiveOutput]:
         """Sums of every objective on a batch."""
@@ -132,12 +150,22 @@ class SpeechTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one update, and how many items of each objective they hold over all ranks."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if self.batches_of[0] is not epoch_iterator:
+            self.batches_of = (epoch_iterator, ahead(epoch_iterator) if self.makes_ahead else epoch_iterator)
+        batches = list(itertools.islice(self.batches_of[1], num_batches))
         counts: dict[str, torch.Tensor] = {}
         for batch in batches:
             for name, count in self.count_items(batch).items():
-                counts[name] = counts.get(name, 0) + count.to(device)
-        return batches, self.accelerator.reduce(counts, reduction="sum")
+                counts[name] = counts.get(name, 0) + count
+        if counts and self.accelerator.num_processes > 1:
+            totals = torch.stack(list(counts.values())).to(device, non_blocking=True)
+            counts = dict(zip(counts, self.accelerator.reduce(totals, reduction="sum")))
+        return batches, counts
+
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return float_waveforms(
+            {name: values.to(self.args.device, non_blocking=True) for name, values in inputs.items()}
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         num_skipped = inputs.pop("num_skipped")
@@ -201,7 +229,7 @@ class SpeechTrainer(Trainer):
         self.callback_handler.eval_dataloader = loader
         self.model.eval()
         sums = Sums()
-        for inputs in loader:
+        for inputs in ahead(loader) if self.makes_ahead else loader:
             inputs = self._prepare_inputs(inputs)
             num_skipped = inputs.pop("num_skipped")
             with self.compute_loss_context_manager():
