@@ -40,7 +40,7 @@ from hf_speechcl.ctc import build_processor  # noqa: E402
 from hf_speechcl.data import load_corpus  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
 from hf_speechcl.int8 import quantize_linear  # noqa: E402
-from hf_speechcl.recognizer import DTYPES, SpeechRecognizer, check_dtype, find_device  # noqa: E402
+from hf_speechcl.recognizer import SpeechRecognizer, check_dtype, find_device  # noqa: E402
 
 RATE = 16000
 PAUSE_SECONDS = 0.7  # between the clips that a recording is joined of
@@ -157,7 +157,7 @@ def serve(args: Arguments) -> None:
         case = Case(**json.loads(line))
         clips = [np.roll(recording, -number * RATE)[: round(case.seconds * RATE)] for number in range(case.batch_size)]
         file = to_flac(clips[0])
-        reset_peak(device)
+        rest = reset_peak(device)
         began = time.perf_counter()
         if case.way == "model":
             parts = list(np.split(clips[0], range(CHUNK, len(clips[0]), CHUNK))) if case.is_long else clips
@@ -171,7 +171,8 @@ def serve(args: Arguments) -> None:
             stock(clips[0], chunk_length_s=CHUNK / RATE, stride_length_s=STRIDE_SECONDS, batch_size=case.batch_size)
         else:
             stock(clips, batch_size=case.batch_size)
-        print(json.dumps({"seconds": time.perf_counter() - began, "peak": read_peak(device)}), flush=True)
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "peak": read_peak(device), "rest": rest}), flush=True)
 
 
 @torch.inference_mode()
@@ -189,14 +190,15 @@ def to_flac(samples: np.ndarray) -> dict:
     return {"bytes": stream.getvalue(), "path": None}
 
 
-def reset_peak(device: torch.device) -> None:
-    """Forget the highest memory so far."""
+def reset_peak(device: torch.device) -> float:
+    """Forget the highest memory so far; what is in use now, in MiB."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+    return read_peak(device)
 
 
 def read_peak(device: torch.device) -> float:
@@ -253,18 +255,20 @@ def list_cases(args: Arguments) -> list[Case]:
     ]
 
 
-def main() -> None:
-    (args,) = parse_arguments([Arguments], __doc__)
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    (args,) = parse_arguments([Arguments], __doc__, argv)
     if args.worker is not None:
         serve(args)
         return
     print(describe_machine(args), flush=True)
     print(
-        "\n| size | way | audio | model | front end | dtype | hours per hour | peak MiB | × first row | × its dtype |"
+        "\n| size | way | audio | model | front end | dtype | hours per hour | peak MiB (of the call) | "
+        f"× {PEER} {args.peer_dtypes[0]} | × {PEER} in the same dtype |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for size in args.sizes:
-        workers = [Worker(sys.argv[1:], **model) for model in list_models(args, size)]
+        workers = [Worker(argv, **model) for model in list_models(args, size)]
         for worker in workers:
             worker.measure(Case("model", min(args.seconds), 1))
         for case in list_cases(args):
@@ -283,15 +287,16 @@ def describe_machine(args: Arguments) -> str:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         processor = f"{names[0] if names else platform.machine()}, {args.threads} threads"
     return (
-        f"{time.strftime('%Y-%m-%d')}, {processor}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}; evaluation mode, no dropout; median of {args.rounds} (lowest to highest)"
+        f"{time.strftime('%Y-%m-%d')}, {processor}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}; no dropout; "
+        f"median of {args.rounds} (lowest to highest)"
     )
 
 
 def print_case(size: str, case: Case, workers: list[Worker], rounds: list[list[dict]]) -> None:
     """A row for each model. Ratios are medians over the rounds, each taken within its round."""
     seconds = np.array([[result["seconds"] for result in results] for results in rounds])  # (rounds, models)
-    peaks = np.array([[result["peak"] for result in results] for results in rounds]).max(0)
+    peaks, rests = (np.array([[result[name] for result in results] for results in rounds]) for name in ("peak", "rest"))
     peers = {worker.label["dtype"]: place for place, worker in enumerate(workers) if worker.label["name"] == PEER}
     audio = f"{case.seconds:g} s" + (
         f", batch {case.batch_size}" if case.way != "recognizer" or not case.is_long else ""
@@ -305,9 +310,9 @@ def print_case(size: str, case: Case, workers: list[Worker], rounds: list[list[d
         ]
         front_end = "7 convolutions" if label["name"] == PEER else "log-mel"
         print(
-            f"| {size} | {case.way} | {audio} | {label['name']}, {label['frame_rate']} Hz | {front_end} | {label['dtype']} "
-            f"| {statistics.median(rates):.0f} ({rates[0]:.0f} to {rates[-1]:.0f}) | {peaks[place]:.0f} | "
-            f"{' | '.join(ratios)} |",
+            f"| {size} | {case.way} | {audio} | {label['name']}, {label['frame_rate']} Hz | {front_end} | "
+            f"{label['dtype']} | {statistics.median(rates):.0f} ({rates[0]:.0f} to {rates[-1]:.0f}) | "
+            f"{peaks[:, place].max():.0f} ({(peaks - rests)[:, place].max():.0f}) | {' | '.join(ratios)} |",
             flush=True,
         )
 
