@@ -21,15 +21,20 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8).t().contiguous())
+        self.register_buffer("integers", (weight / scale[:, None]).round().to(torch.int8).t().contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out_features, in_features) float32, for models that compute with a layer's weights themselves."""
+        return self.integers.t() * self.scale[:, None]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in_features) float32 → (..., out_features) float32."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        product = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight)
+        product = torch._int_mm((rows / scale).round_().to(torch.int8), self.integers)
         outputs = (product * scale).mul_(self.scale)
         if self.bias is not None:
             outputs += self.bias
