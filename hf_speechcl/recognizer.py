@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,20 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TDT_MAPPING_NAMES,
 )
 
+from .command_line import option
 from .data.audio import stream_audio
 from .decoding import DecodingArguments, Transcript, build_decoder, join_transcripts
 from .hub import find_model
-from .recordings import RecordingArguments, Window, cut_windows, find_utterances, measure_levels
+from .int8 import quantize_linear
+from .recordings import (
+    RecordingArguments,
+    Window,
+    batch_by_length,
+    cut_windows,
+    find_utterances,
+    group_windows,
+    measure_levels,
+)
 
 SPEECH_TO_TEXT = {
     *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values(),
@@ -26,6 +36,49 @@ SPEECH_TO_TEXT = {
     *MODEL_FOR_RNNT_MAPPING_NAMES.values(),
 }
 STRIDE_SECONDS = 4.0  # surroundings of a chunk, for models that attend to all of it
+BATCH_SECONDS = 15.0  # of short utterances of a recording, read together; more is slower on a CPU
+GROUP_SECONDS = 60.0  # of a recording are at hand to be batched by their length
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+@dataclass
+class ComputingArguments:
+    """Where and in what precision a model computes."""
+
+    device: str = option("auto", "cpu, cuda:1 …, or auto for the accelerator where there is one.")
+    dtype: str = option(
+        "float32",
+        "float32; bfloat16, which needs a processor that has it to be faster; or int8: linear layers in 8-bit "
+        "integers, on a CPU.",
+    )
+
+    def __post_init__(self):
+        if self.device != "auto":
+            try:
+                torch.empty(1, device=self.device)
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"device: {self.device!r} cannot be used ({reason}): expected auto, cpu or cuda"
+                ) from None
+        check_dtype(self.dtype, self.torch_device)
+
+    @property
+    def torch_device(self) -> torch.device:
+        return find_device(self.device)
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of that name, or for "auto" the accelerator where there is one."""
+    return torch.device((torch.accelerator.current_accelerator() or "cpu") if name == "auto" else name)
+
+
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """Raise ValueError unless a recogniser can compute in it there."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
+    if dtype == "int8" and device.type != "cpu":
+        raise ValueError(f"dtype int8 is for the cpu, found device {device}: use bfloat16")
 
 
 class SpeechRecognizer:
@@ -52,6 +105,7 @@ class SpeechRecognizer:
         if self.kind == "ctc":
             self.samples_per_frame = _samples_per_frame(model, feature_extractor)
             self.decoder = build_decoder(tokenizer, self.samples_per_frame / self.sampling_rate, decoding)
+            self.shortest = _shortest(model, self.samples_per_frame)
             # Group normalisation sees padding, and such models were trained on padding that they do not mask.
             self.alone = (
                 not feature_extractor.return_attention_mask
@@ -73,7 +127,8 @@ class SpeechRecognizer:
         cls,
         model: str | Path,
         *,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
         decoding: DecodingArguments | None = None,
         trust_remote_code: bool = False,
     ) -> "SpeechRecognizer":
@@ -81,21 +136,27 @@ class SpeechRecognizer:
 
         Args:
             device: of torch, or "auto" for the accelerator where there is one.
+            dtype: one of `DTYPES`.
             decoding: of CTC models; greedy by default.
             trust_remote_code: run the code that comes with the model.
 
         Raises:
-            ValueError: the model is no speech recogniser, or not for the sampling rate of its feature extractor.
+            ValueError: the model is no speech recogniser, or not for the sampling rate of its feature extractor; or
+                dtype int8 elsewhere than on a CPU.
         """
+        device = find_device(device)
+        check_dtype(dtype, device)
         folder, source = find_model(model), {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(folder, **source)
         architectures = config.architectures or []
-        if device == "auto":
-            device = torch.accelerator.current_accelerator() or "cpu"
+        precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         if any(name.endswith("ForCTC") for name in architectures):
-            network = AutoModelForCTC.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **source)
-            parts = network.to(device), AutoFeatureExtractor.from_pretrained(folder, **source)
-            return cls(*parts, AutoTokenizer.from_pretrained(folder, **source), decoding)
+            network = AutoModelForCTC.from_pretrained(folder, dtype=precision, use_safetensors=True, **source)
+            feature_extractor = AutoFeatureExtractor.from_pretrained(folder, **source)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+            if dtype == "int8":
+                quantize_linear(network)
+            return cls(network.to(device), feature_extractor, tokenizer, decoding)
         if not SPEECH_TO_TEXT & set(architectures):
             raise ValueError(
                 f"{model} holds {', '.join(architectures) or config.model_type}, which writes no text: fine-tune it "
@@ -104,10 +165,12 @@ class SpeechRecognizer:
         loaded = pipeline(
             "automatic-speech-recognition",
             model=folder,
-            dtype=torch.float32,
+            dtype=precision,
             model_kwargs={"use_safetensors": True},
             **source,
         )
+        if dtype == "int8":
+            quantize_linear(loaded.model)
         return cls(loaded.model.to(device), loaded.feature_extractor, loaded.tokenizer, decoding)
 
     def transcribe(self, waveforms: list[np.ndarray]) -> list[Transcript]:
@@ -128,19 +191,22 @@ class SpeechRecognizer:
         """Log-posteriors (T, V) float32 of each clip of a batch, of a model with a CTC head."""
         if self.alone and len(waveforms) > 1:
             return [log_probs for waveform in waveforms for log_probs in self.log_probs([waveform])]
-        shortest = self._shortest
-        kept = [waveform for waveform in waveforms if len(waveform) >= shortest]
+        kept = [waveform for waveform in waveforms if len(waveform) >= self.shortest]
         outputs: Iterable[np.ndarray] = iter(())
         if kept:
             inputs = self.feature_extractor(
                 kept, sampling_rate=self.sampling_rate, padding=True, return_tensors="pt"
             ).to(self.model.device)
+            if self.model.config.model_type != "speechcl":  # whose log-mel is of float32 in every dtype
+                inputs = inputs.to(self.model.dtype)
+            if self.model.main_input_name == "input_values" and len({*map(len, kept)}) == 1:
+                inputs.pop("attention_mask", None)
             logits = self.model(**inputs).logits
             lengths = self._num_frames(inputs, logits)
             log_probs = logits.float().log_softmax(-1).cpu().numpy()
             outputs = (frames[:length] for frames, length in zip(log_probs, lengths))
         nothing = np.zeros((0, self.model.config.vocab_size), np.float32)
-        return [next(outputs) if len(waveform) >= shortest else nothing for waveform in waveforms]
+        return [next(outputs) if len(waveform) >= self.shortest else nothing for waveform in waveforms]
 
     def transcribe_recording(
         self, audio: str | Path | dict[str, Any], recording: RecordingArguments | None = None
@@ -180,10 +246,11 @@ class SpeechRecognizer:
             **({"grid": self.samples_per_frame} if self.kind == "ctc" else {"max_seconds": recording.chunk_seconds}),
         )
         windows = cut_windows(stream_audio(audio, self.sampling_rate), utterances, length, stride)
+        stitched = self._stitch(windows) if self.kind == "ctc" else None
         for begin, end in utterances:
             start = begin / self.sampling_rate
             if self.kind == "ctc":
-                transcript = self.decoder.decode(np.concatenate(list(self._stitch(windows))))
+                transcript = self.decoder.decode(next(stitched))
                 words = [replace(word, start=word.start + start, end=word.end + start) for word in transcript.words]
                 transcript = replace(transcript, words=words)
             else:
@@ -193,15 +260,24 @@ class SpeechRecognizer:
                 progress(end / self.sampling_rate, num_samples / self.sampling_rate)
 
     def _stitch(self, windows: Iterator[Window]) -> Iterator[np.ndarray]:
-        """Log-posteriors of the windows of one utterance, without those of their surroundings."""
-        for window in windows:
-            (log_probs,) = self.log_probs([window.samples])
-            left = window.left // self.samples_per_frame
-            yield (
-                log_probs[left:] if window.is_last else log_probs[left : left + window.length // self.samples_per_frame]
-            )
-            if window.is_last:
-                return
+        """Log-posteriors of one utterance after the other, without those of the surroundings of their windows."""
+        parts = []
+        for group in group_windows(windows, round(GROUP_SECONDS * self.sampling_rate)):
+            for window, log_probs in zip(group, self._read(group)):
+                left = window.left // self.samples_per_frame
+                right = None if window.is_last else left + window.length // self.samples_per_frame
+                parts.append(log_probs[left:right])
+                if window.is_last:
+                    yield np.concatenate(parts)
+                    parts = []
+
+    def _read(self, windows: list[Window]) -> list[np.ndarray]:
+        """Log-posteriors of windows, which are batched by their length."""
+        lengths = [len(window.samples) for window in windows]
+        found: dict[int, np.ndarray] = {}
+        for batch in batch_by_length(lengths, round(BATCH_SECONDS * self.sampling_rate)):
+            found.update(zip(batch, self.log_probs([windows[place].samples for place in batch])))
+        return [found[place] for place in range(len(windows))]
 
     def _chunk(self, chunk_seconds: float) -> tuple[int, int]:
         """Samples of a window and of its surroundings to either side."""
@@ -219,14 +295,6 @@ class SpeechRecognizer:
                 f"either side; set it to {math.ceil(3 * stride * seconds_per_frame)} or more"
             )
         return length * self.samples_per_frame, stride * self.samples_per_frame
-
-    @property
-    def _shortest(self) -> int:
-        """Samples that give a frame."""
-        if self.model.main_input_name != "input_values":
-            return 2 * self.samples_per_frame
-        lengths = self.model._get_feat_extract_output_lengths(torch.arange(1, 10 * self.samples_per_frame))
-        return 1 + int((lengths > 0).int().argmax())
 
     def _num_frames(self, inputs, logits: torch.Tensor) -> list[int]:
         """Frames of every clip of a batch that are not padding."""
@@ -256,3 +324,11 @@ def _samples_per_frame(model, feature_extractor) -> int:
     if model.main_input_name != "input_values" and hasattr(encoder, "subsampling_factor"):
         return feature_extractor.hop_length * encoder.subsampling_factor
     return model.config.inputs_to_logits_ratio
+
+
+def _shortest(model, samples_per_frame: int) -> int:
+    """Samples that give a frame."""
+    if model.main_input_name != "input_values":
+        return 2 * samples_per_frame
+    lengths = model._get_feat_extract_output_lengths(torch.arange(1, 10 * samples_per_frame))
+    return 1 + int((lengths > 0).int().argmax())

@@ -133,6 +133,30 @@ def cut_windows(
             yield Window(reader.read(first, min(end, stop + stride)), start - first, stop - start, stop == end)
 
 
+def group_windows(windows: Iterable[Window], max_samples: int) -> Iterator[list[Window]]:
+    """Successive windows, so many that the samples of a group reach `max_samples`."""
+    group, num_samples = [], 0
+    for window in windows:
+        group.append(window)
+        num_samples += len(window.samples)
+        if num_samples >= max_samples:
+            yield group
+            group, num_samples = [], 0
+    if group:
+        yield group
+
+
+def batch_by_length(lengths: list[int], max_samples: int) -> list[list[int]]:
+    """Places of `lengths`, the shortest first, in batches that hold at most `max_samples` with their padding; what is
+    longer is alone."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or (len(batches[-1]) + 1) * lengths[place] > max_samples:
+            batches.append([])
+        batches[-1].append(place)
+    return batches
+
+
 class _Reader:
     """Reads parts of a stream by their place; no part may begin before the one read last."""
 

@@ -16,7 +16,7 @@ from .command_line import option, parse_arguments
 from .data.audio import AudioError
 from .data.folders import AUDIO_SUFFIXES
 from .decoding import DecodingArguments, Transcript, join_transcripts
-from .recognizer import SpeechRecognizer
+from .recognizer import ComputingArguments, SpeechRecognizer
 from .recordings import RecordingArguments
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ class TranscriptionArguments:
     files: list[str] = option([], "FILE: audio files and folders of them.")
     format: str = option("text", f"One of {', '.join(SUFFIXES)}.")
     output_dir: str | None = option(None, "Folder for a file of each transcript; printed by default.")
-    device: str = option("auto", "cpu, cuda:1 …, or auto for the accelerator where there is one.")
     trust_remote_code: bool = option(False, "Run the code that comes with a model; those of this package need none.")
 
     def __post_init__(self):
@@ -69,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     if model is not None:
         argv = ["--model", model, *(["--files", *files] if files else []), *argv[1 + len(files) :]]
     try:
-        args, decoding, recording = parse_arguments(
-            [TranscriptionArguments, DecodingArguments, RecordingArguments], DESCRIPTION, argv
+        args, computing, decoding, recording = parse_arguments(
+            [TranscriptionArguments, ComputingArguments, DecodingArguments, RecordingArguments], DESCRIPTION, argv
         )
         recordings = find_recordings(args.files)
     except (FileNotFoundError, ValueError) as error:
@@ -80,7 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
         recognizer = SpeechRecognizer.from_pretrained(
-            args.model, device=args.device, decoding=decoding, trust_remote_code=args.trust_remote_code
+            args.model,
+            device=computing.device,
+            dtype=computing.dtype,
+            decoding=decoding,
+            trust_remote_code=args.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -284,7 +284,7 @@ def test_script_scores_a_model_of_another_kind_by_slices_and_its_report_is_safe(
     results = json.loads(output.read_text())
     assert results.keys() >= {
         "model", "corpus", "split", "clips", "hours", "text_normalization", "decoding", "device", "wer",
-        "wer_low", "wer_high", "cer", "cer_low", "cer_high", "real_time_factor", "comparison",
+        "wer_low", "wer_high", "dtype", "cer", "cer_low", "cer_high", "real_time_factor", "comparison",
     }  # fmt: skip
     assert (results["model"], results["corpus"], results["clips"]) == ("random", ["audio"], 4)
     assert results["clips_skipped"] == ["silent.wav"]
@@ -358,6 +358,8 @@ def test_script_goes_on_after_an_interruption_and_not_with_other_weights(
         run(*arguments)
     with pytest.raises(ValueError, match="another corpus"):
         run(*arguments, "--corpus", "demo", "--split", "validation")
+    with pytest.raises(ValueError, match="another dtype"):
+        run(*arguments, "--dtype", "bfloat16")
     run(*arguments)
     assert [clip["hypothesis"] for clip in json.loads(output.read_text())["transcripts"]] == [
         clip["hypothesis"] for clip in whole
@@ -370,6 +372,9 @@ def test_scores_go_into_the_card_of_the_model_when_asked_for(labelled_folder, mo
     monkeypatch.setattr("hf_speechcl.hub.add_results", lambda *arguments: added.update([arguments]), raising=False)
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "README.md").write_text("---\n---\n")
+    with pytest.raises(ValueError, match="a card holds scores of dtype float32, not of int8"):
+        run(folder, labelled_folder, "--add_to_card", "True", "--dtype", "int8")
+    assert not added
     run(folder, labelled_folder, "--add_to_card", "True")
     assert added[folder]["corpus"] == ["audio"]
 
@@ -380,6 +385,7 @@ def test_scores_go_into_the_card_of_the_model_when_asked_for(labelled_folder, mo
         (["--text_normalization", "upper"], "unknown text normalisation 'upper': expected none, basic, whisper_eng"),
         (["--max_seconds_per_batch", "0"], "max_seconds_per_batch must be positive"),
         (["--device", "tpu9"], "device: 'tpu9' cannot be used"),
+        (["--dtype", "int4"], "dtype must be one of float32, bfloat16, int8, found 'int4'"),
         (["--add_to_card", "True", "--model", "user/name"], "add_to_card: there is no README.md in a folder 'user/na"),
         (["--restart", "True"], "restart: without output_file nothing is left"),
         (["--compare_with", "/no/such.json"], "compare_with: /no/such.json cannot be read"),

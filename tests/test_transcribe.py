@@ -2,11 +2,15 @@
 
 import json
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 from transformers import (
     HubertConfig,
     HubertForCTC,
@@ -27,11 +31,19 @@ from hf_speechcl.__main__ import COMMANDS
 from hf_speechcl.ctc import build_processor
 from hf_speechcl.data.audio import AudioError, read_audio, stream_audio
 from hf_speechcl.decoding import DecodingArguments, Transcript, Word
-from hf_speechcl.recognizer import SpeechRecognizer
-from hf_speechcl.recordings import RecordingArguments, cut_windows, find_utterances, measure_levels
+from hf_speechcl.int8 import Int8Linear, quantize_linear
+from hf_speechcl.recognizer import DTYPES, ComputingArguments, SpeechRecognizer, check_dtype
+from hf_speechcl.recordings import (
+    RecordingArguments,
+    batch_by_length,
+    cut_windows,
+    find_utterances,
+    group_windows,
+    measure_levels,
+)
 from hf_speechcl.transcribe import find_recordings, main, make_cues, render
 
-from .conftest import TINY
+from .conftest import ROOT, TINY
 
 RATE = 16000
 TEXT = "the quick brown fox jumps over a lazy dog"
@@ -224,6 +236,165 @@ def test_words_of_utterances_have_the_times_of_the_recording(recognizer, clips, 
         assert all(start <= word.start < word.end <= end + 0.05 for word in transcript.words)
 
 
+def pauses_between(clips, tmp_path):
+    silence = np.zeros(RATE, np.float32)
+    return write(tmp_path / "pauses.wav", np.concatenate([part for clip in clips for part in (clip, silence)]))
+
+
+@pytest.mark.parametrize("name", ["speechcl", "wav2vec2 (layer)"])
+def test_utterances_read_together_have_the_transcripts_they_have_alone(name, clips, tmp_path, monkeypatch):
+    recognizer, file = tiny_recognizer(name), pauses_between([*clips, clips[0]], tmp_path)
+    calls = []
+    forward = recognizer.model.forward
+    monkeypatch.setattr(
+        recognizer.model, "forward", lambda **inputs: calls.append(inputs["input_values"].shape) or forward(**inputs)
+    )
+    together = list(recognizer.transcribe_utterances(file))
+    num_calls = len(calls)
+    monkeypatch.setattr("hf_speechcl.recognizer.BATCH_SECONDS", 0.0)
+    alone = list(recognizer.transcribe_utterances(file))
+    assert num_calls < len(calls) - num_calls == len(alone)
+    assert max(rows * samples for rows, samples in calls) <= 15 * RATE
+    for (*times, left), (*expected, right) in zip(together, alone, strict=True):
+        assert times == expected
+        assert left.text == right.text
+        assert [word.start for word in left.words] == [word.start for word in right.words]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 60))
+def test_batches_hold_every_window_once_and_with_padding_no_more_than_they_may(lengths, limit):
+    batches = batch_by_length(lengths, limit)
+    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= limit
+
+
+def test_groups_hold_all_windows_in_their_order_and_no_more_of_the_recording_than_is_needed():
+    read = []
+    blocks = (read.append(block) or np.full(1000, block, np.float32) for block in range(100))
+    groups = group_windows(cut_windows(blocks, [(0, 30_500), (40_000, 100_000)], 6000, 1000), 12_000)
+    first = next(groups)
+    assert [window.samples[window.left] for window in first] == [0, 4, 8]
+    assert len(read) < 20
+    assert sum(window.length for group in [first, *groups] for window in group) == 90_500
+
+
+def test_clips_without_padding_have_no_attention_mask(recognizer, clips, monkeypatch):
+    masked = []
+    forward = recognizer.model.forward
+    monkeypatch.setattr(
+        recognizer.model, "forward", lambda **inputs: masked.append("attention_mask" in inputs) or forward(**inputs)
+    )
+    recognizer.log_probs([clips[0]])
+    recognizer.log_probs([clips[0], clips[0][::-1].copy()])
+    recognizer.log_probs(clips[:2])
+    assert masked == [False, False, True]
+
+
+# Precision
+
+
+def int8_linear(inputs, linear):
+    """An 8-bit linear layer number by number."""
+    outputs = torch.zeros(len(inputs), linear.out_features)
+    for row, values in enumerate(inputs):
+        step = values.abs().max() / 127
+        for column, weights in enumerate(linear.weight):
+            size = weights.abs().max() / 127
+            product = sum((values / step).round() * (weights / size).round())
+            outputs[row, column] = product * step * size + linear.bias[column]
+    return outputs
+
+
+@torch.no_grad()
+def test_int8_layer_is_the_rounded_product_and_a_loud_frame_leaves_the_others_alone():
+    linear, inputs = nn.Linear(64, 8), torch.randn(2, 3, 64)
+    layer = Int8Linear(linear)
+    outputs = layer(inputs)
+    torch.testing.assert_close(outputs.flatten(0, 1), int8_linear(inputs.flatten(0, 1), linear), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs, linear(inputs), rtol=0, atol=0.03)
+    loud = torch.cat([inputs, 1000 * inputs[:1]])
+    assert torch.equal(layer(loud)[:2], outputs)
+    assert torch.equal(layer(torch.zeros(1, 64)), linear.bias[None])
+
+
+def test_int8_stands_for_every_linear_layer_but_small_ones():
+    model = SpeechCLForCTC(SpeechCLConfig(**{**TINY, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 30}))
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    quantize_linear(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    assert len(layers) == 2 * 6
+    assert {layer.integers.dtype for layer in layers} == {torch.int8}
+    assert sum(layer.integers.numel() for layer in layers) > 0.9 * weights
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_int8_is_refused_where_its_products_overflow(monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", lambda left, right: (left.int() @ right.int()).clamp(-32768, 32767))
+    with pytest.raises(ValueError, match="dtype int8: the products of this processor overflow; use float32"):
+        quantize_linear(nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize("name", ["speechcl", "wav2vec2", "wavlm"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_posteriors_of_other_dtypes_are_near_those_of_float32(name, dtype, clips, tmp_path):
+    torch.manual_seed(0)
+    processor = build_processor([TEXT], RATE)
+    options = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": len(processor.tokenizer), "pad_token_id": 0}
+    if name == "speechcl":
+        model = SpeechCLForCTC(SpeechCLConfig(**{**TINY, **options}))
+    else:
+        model_class, config = (Wav2Vec2ForCTC, Wav2Vec2Config) if name == "wav2vec2" else (WavLMForCTC, WavLMConfig)
+        model = model_class(config(**{**SMALL, **CONVOLUTIONS, **LAYER_NORM, **options}))
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    recognizer = SpeechRecognizer.from_pretrained(tmp_path, dtype=dtype)
+    layers = {type(layer) for layer in recognizer.model.modules()}
+    assert (recognizer.model.dtype, Int8Linear in layers) == (
+        (torch.bfloat16, False) if dtype == "bfloat16" else (torch.float32, True)
+    )
+    expected = SpeechRecognizer.from_pretrained(tmp_path).log_probs(clips[:3])
+    for found, reference in zip(recognizer.log_probs(clips[:3]), expected, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, reference, atol=0.1)
+        assert np.abs(found - reference).max() > 0
+
+
+def test_unknown_precision_and_int8_on_an_accelerator_are_refused():
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, int8, found 'float16'"):
+        ComputingArguments(device="cpu", dtype="float16")
+    with pytest.raises(ValueError, match="dtype int8 is for the cpu, found device cuda:1: use bfloat16"):
+        check_dtype("int8", torch.device("cuda:1"))
+    for dtype in DTYPES:
+        assert ComputingArguments(device="cpu", dtype=dtype).torch_device == torch.device("cpu")
+
+
+def test_benchmark_measures_every_model_in_every_way_and_refuses_what_it_does_not_know(capsys):
+    spec = spec_from_file_location("benchmark", ROOT / "scripts" / "benchmarks" / "transcribe.py")
+    benchmark = module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    options = ["--sizes", "tiny", "--seconds", "1", "--batch_sizes", "2", "--rounds", "1", "--frame_rates", "25"]
+    options += ["--dtypes", "int8", "--peer_dtypes", "float32", "--threads", "1"]
+    benchmark.main(options)
+    first, _, *table = capsys.readouterr().out.splitlines()
+    assert re.match(r"\d{4}-\d\d-\d\d, .*, 1 threads, torch \S+, transformers \S+, Python \S+; no dropout", first)
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [(row[1], row[3], row[5]) for row in rows] == [
+        (way, *model)
+        for way in ("model", "recognizer", "pipeline")
+        for model in (("Wav2Vec2ForCTC, 50 Hz", "float32"), ("SpeechCLForCTC, 25 Hz", "int8"))
+    ]
+    for row in rows:
+        entry = dict(zip(header, row, strict=True))
+        assert entry["front end"] in ("7 convolutions", "log-mel")
+        peak, call = map(int, re.match(r"(\d+) \((\d+)\)", entry["peak MiB (of the call)"]).groups())
+        assert 0 <= call < peak
+    assert [row[-2] for row in rows[::2]] == ["1.0"] * 3
+    with pytest.raises(ValueError, match="ways must be of model, recognizer, pipeline, found telepathy"):
+        benchmark.Arguments(ways=["telepathy"])
+
+
 def test_speech_to_text_models_are_heard_through_the_pipeline(clips, tmp_path):
     tokenizer = build_processor([TEXT], RATE).tokenizer
     config = MoonshineConfig(
@@ -249,6 +420,8 @@ def test_speech_to_text_models_are_heard_through_the_pipeline(clips, tmp_path):
     assert transcripts[0].text
     assert transcripts[0].words is None
     assert transcripts[1].text == ""
+    for dtype in ("bfloat16", "int8"):
+        assert SpeechRecognizer.from_pretrained(tmp_path, dtype=dtype).transcribe([clips[2]])[0].text
     file = write(tmp_path / "a.wav", np.concatenate([clips[2], np.zeros(2 * RATE, np.float32), clips[3]]))
     utterances = list(recognizer.transcribe_utterances(file, RecordingArguments(chunk_seconds=3)))
     assert len(utterances) >= 2
@@ -337,6 +510,9 @@ def test_transcribe_stops_in_the_first_second_at_wrong_options(audio_folder, cap
     with pytest.raises(SystemExit):
         main(["model", clip, "--format", "doc"])
     assert "format must be one of text, json, srt, vtt, found 'doc'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["model", clip, "--dtype", "int4"])
+    assert "dtype must be one of float32, bfloat16, int8, found 'int4'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no file or folder missing.wav"):
         main(["model", "missing.wav"])
     with pytest.raises(SystemExit, match="4 files: --format srt needs --output_dir"):

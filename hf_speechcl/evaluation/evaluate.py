@@ -17,7 +17,7 @@ from ..command_line import option, parse_arguments
 from ..data import load_corpus
 from ..data.folders import source_name
 from ..decoding import DecodingArguments
-from ..recognizer import SpeechRecognizer
+from ..recognizer import ComputingArguments, SpeechRecognizer
 from ..recordings import RecordingArguments
 from ..text import normalize_text
 from .asr import SpeechErrorRates, align, frequent_errors, score_slices
@@ -57,7 +57,6 @@ class EvaluationArguments:
         None, "output_file of another model on the same clips: the difference, with its interval."
     )
     max_seconds_per_batch: float = option(60.0, "Seconds of audio in a batch; longer clips are read as recordings.")
-    device: str = option("auto", "cpu, cuda or another, or auto for the accelerator where there is one.")
     trust_remote_code: bool = option(False, "Run the code that comes with a model from the Hub.")
     output_file: str | None = option(
         None, "JSON file for the scores and all transcripts; an interrupted run with the same one goes on."
@@ -70,26 +69,16 @@ class EvaluationArguments:
         normalize_text("", self.text_normalization)
         if self.max_seconds_per_batch <= 0:
             raise ValueError(f"max_seconds_per_batch must be positive, found {self.max_seconds_per_batch}")
-        if self.device != "auto":
-            check_device(self.device)
         if self.add_to_card and not Path(self.model, "README.md").is_file():
             raise ValueError(f"add_to_card: there is no README.md in a folder {self.model!r}, expected a model's card")
         if self.restart and self.output_file is None:
             raise ValueError("restart: without output_file nothing is left of an interrupted run: leave it out")
 
 
-def check_device(name: str) -> None:
-    """Raise ValueError unless there is such a device."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {name!r} cannot be used ({reason}): expected auto, cpu or cuda") from None
-
-
 def run_identity(
     args: EvaluationArguments,
     folder: str,
+    computing: ComputingArguments,
     decoding: DecodingArguments,
     recording: RecordingArguments,
     corpus: datasets.Dataset,
@@ -100,6 +89,7 @@ def run_identity(
     return {
         "model": source_name(args.model),
         "weights": _checksum(map(_state_of_file, sorted(model))),
+        "dtype": computing.dtype,
         "decoding": _checksum([vars(decoding), vars(recording), *map(_state_of_file, files)]),
         "corpus": _checksum([*zip(corpus["id"], corpus["duration"])]),
     }
@@ -183,7 +173,10 @@ def print_results(results: dict) -> None:
     if results["clips_skipped"]:
         print(f"{len(results['clips_skipped'])} clips cannot be decoded and are not scored")
     factor = results["real_time_factor"]
-    print(f"real-time factor {factor:.2g}: {1 / factor:.3g} s of audio in a second of computing ({results['device']})")
+    print(
+        f"real-time factor {factor:.2g}: {1 / factor:.3g} s of audio in a second of computing "
+        f"({results['device']}, {results['dtype']})"
+    )
     if results["comparison"]:
         for name in ("wer", "cer"):
             pair = results["comparison"][name]
@@ -195,12 +188,14 @@ def print_results(results: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    types = [EvaluationArguments, DecodingArguments, RecordingArguments]
-    args, decoding, recording = parse_arguments(types, DESCRIPTION, argv)
+    types = [EvaluationArguments, ComputingArguments, DecodingArguments, RecordingArguments]
+    args, computing, decoding, recording = parse_arguments(types, DESCRIPTION, argv)
+    if args.add_to_card and computing.dtype != "float32":
+        raise ValueError(f"add_to_card: a card holds scores of dtype float32, not of {computing.dtype}: leave it out")
     logging.basicConfig(format="%(levelname)s %(message)s")
     other = read_other_results(args.compare_with, args.text_normalization) if args.compare_with else None
-    state = PartialState(cpu=args.device == "cpu")
-    device = state.device if args.device == "auto" else torch.device(args.device)
+    state = PartialState(cpu=computing.device == "cpu")
+    device = state.device if computing.device == "auto" else computing.torch_device
     folder = hub.find_model(args.model)
     for file in filter(None, (args.output_file, args.report_file)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -211,11 +206,12 @@ def main(argv: list[str] | None = None) -> None:
     log = None
     if args.output_file:
         log = TranscriptLog(
-            Path(args.output_file), run_identity(args, folder, decoding, recording, corpus), args.restart
+            Path(args.output_file), run_identity(args, folder, computing, decoding, recording, corpus), args.restart
         )
     recognizer = SpeechRecognizer.from_pretrained(
         folder,
         device=device,
+        dtype=computing.dtype,
         decoding=decoding,
         trust_remote_code=args.trust_remote_code,
     )
@@ -228,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
             "split": args.split,
             "text_normalization": args.text_normalization,
             "decoding": str(decoding),
+            "dtype": computing.dtype,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
             "clips_without_text": num_without_text,
             "clips_skipped": [record["id"] for record in records if record["text"] is None],
