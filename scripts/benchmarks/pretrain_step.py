@@ -1,0 +1,537 @@
+#!/usr/bin/env python
+"""One update of pre-training: SpeechCL beside transformers' Wav2Vec2ForPreTraining on the same audio, in one run.
+
+  Under three minutes on two idle cores; and the whole table:
+    python scripts/benchmarks/pretrain_step.py --quick True
+    python scripts/benchmarks/pretrain_step.py
+  How time and memory grow with utterances, batches, codebooks and negatives:
+    python scripts/benchmarks/pretrain_step.py --growth True --plot_file growth.png
+  On a GPU:
+    python scripts/benchmarks/pretrain_step.py --device cuda --sizes base large --clips 32 --compile True
+
+Every model lives in a process of its own, which is told when to run, so that they take turns and each has a peak of
+memory of its own. A step is forward, backward and AdamW on one batch in memory: no data path, logging or clipping of
+gradients. Floating-point operations are those of matrix products, convolutions and attention (two for a multiplication
+and an addition), counted by torch: without the Fourier transform of the log-mel, norms, softmax, activations, dropout
+and AdamW. SpeechCL sees log-mel frames and the peer learned convolutions of the waveform, so that their rows are
+different architectures with encoders of the same width, depth and heads.
+"""
+
+import dataclasses
+import datetime
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+# Python puts this folder on its path, where evaluate.py would hide the package evaluate.
+sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils import flop_counter  # noqa: E402
+from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining  # noqa: E402
+from transformers.models.wav2vec2.modeling_wav2vec2 import (  # noqa: E402
+    _compute_mask_indices,
+    _sample_negative_indices,
+)
+from transformers.utils import is_flash_attn_2_available  # noqa: E402
+
+from hf_speechcl import OBJECTIVES, SpeechCLConfig, SpeechDataset, load_corpus  # noqa: E402
+from hf_speechcl.command_line import option, parse_arguments  # noqa: E402
+from hf_speechcl.configuration_speechcl import SIZES  # noqa: E402
+from hf_speechcl.data.audio import read_audio  # noqa: E402
+from hf_speechcl.objectives import UtteranceObjective  # noqa: E402
+from hf_speechcl.pretraining import SpeechCLForPreTraining  # noqa: E402
+from hf_speechcl.training.arguments import PretrainingDataArguments, parse_config_options  # noqa: E402
+from hf_speechcl.training.pretrain import build_collator  # noqa: E402
+
+OURS, PEER, MATMUL = "SpeechCL", "Wav2Vec2ForPreTraining", "matmul"
+SAMPLING_RATE = 16000
+VIEWED_SECONDS = 2.5  # clips of objectives that compare clips
+TURN_SECONDS = 0.5  # a model steps at least once in its turn, and until so much time has passed
+OPTIMIZER = {"lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.98), "fused": True}
+# Rows, inner and outer width of the products whose best rate is called the matmul peak.
+MATMUL_SHAPES = {
+    "cpu": [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (512, 768, 3072)],
+    "cuda": [(4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096), (16384, 1024, 4096)],
+}
+
+
+@dataclass
+class Arguments:
+    corpus: str = option("demo", "Source of the audio, as for scripts/pretrain.py; its clips are joined and cut.")
+    device: str = option("cpu", "cpu or cuda.")
+    threads: int | None = option(None, "Threads of a model; None: as torch chooses.")
+    sizes: list[str] = option(["tiny", "base"], f"Sizes of the encoder: {', '.join(SIZES)}.")
+    frame_rates: list[float] = option([25.0, 50.0], "Encoder frames per second: 12.5, 25 or 50.")
+    dtypes: list[str] = option(["float32", "bf16"], "float32, and bf16 for float32 weights under autocast.")
+    objectives: list[str] = option(
+        ["best_rq", *(name for name in OBJECTIVES if name != "best_rq")],
+        "The first is run at all sizes and frame rates, the others at the first of each.",
+    )
+    attention: list[str] = option(["sdpa"], "Attention of both models: sdpa, eager, flash_attention_2 where installed.")
+    peer: bool = option(True, f"Also measure {PEER}.")
+    dropout: float = option(0.1, "Dropout of sub-layers and attention weights in both models; they have no other.")
+    encoder_options: list[str] = option([], "Fields of SpeechCLConfig to change; the peer follows in those it has.")
+    clips: int = option(2, "Clips in a batch.")
+    seconds: float = option(10.0, "Seconds of a clip.")
+    rounds: int = option(5, "Turns of each model, after one to warm up.")
+    compile: bool = option(False, "torch.compile both models, but for objectives that compare clips.")
+    quick: bool = option(False, "Two rounds; objectives but the first in the last dtype only.")
+    growth: bool = option(False, "Measure growth instead, in the last dtype.")
+    plot_file: str = option("growth.png", "Where growth is drawn.")
+
+    def __post_init__(self):
+        for name, known in (
+            ("device", ["cpu", "cuda"]),
+            ("sizes", list(SIZES)),
+            ("frame_rates", [12.5, 25.0, 50.0]),
+            ("dtypes", ["float32", "bf16"]),
+            ("objectives", list(OBJECTIVES)),
+            ("attention", ["sdpa", "eager", "flash_attention_2"]),
+        ):
+            values = getattr(self, name)
+            values = values if isinstance(values, list) else [values]
+            if not values or set(values) - set(known):
+                raise ValueError(f"{name}: expected of {', '.join(map(str, known))}, found {values}")
+        for name in ("clips", "seconds", "rounds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), found {self.dropout}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: cuda was asked for, and torch finds no CUDA device: leave it out for the CPU")
+        if "flash_attention_2" in self.attention and not is_flash_attn_2_available():
+            raise ValueError("attention: flash_attention_2 needs a GPU and the package flash-attn: leave it out")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process measures: steps of a model, or matrix products."""
+
+    model: str
+    dtype: str
+    config: SpeechCLConfig | None = None
+    size: str = ""
+    clips: int = 0
+    clip_seconds: float = 0.0
+
+    @property
+    def audio_seconds(self) -> float:
+        return self.clips * self.clip_seconds
+
+    @property
+    def objective(self) -> str:
+        return "wav2vec2" if self.model == PEER else ", ".join(self.config.objectives)
+
+
+@dataclass
+class Measurement:
+    """What came of a job.
+
+    Attributes:
+        job: what was measured.
+        about: cells of the table that describe the model, by column.
+        flops: floating-point operations of a step.
+        seconds: of every step after the warm-up; of matrix products for every shape.
+        baseline_mib, peak_mib: memory before there was a model, and at its highest; of the process or of the GPU.
+        error: what ended the process early.
+    """
+
+    job: Job
+    about: dict[str, str]
+    flops: float = 0.0
+    seconds: list = dataclasses.field(default_factory=list)
+    baseline_mib: float = 0.0
+    peak_mib: float = 0.0
+    error: str | None = None
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds)) if self.seconds else float("nan")
+
+    @property
+    def rate(self) -> float:
+        """Seconds of audio per second."""
+        return self.job.audio_seconds / self.median
+
+
+# In the process of a model
+
+
+def work(job: Job, args: Arguments, audio: np.ndarray, connection: Connection) -> None:
+    """Build what the job names, describe it, run it whenever told to, and tell the peak of memory at the end."""
+    try:
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
+        device = torch.device(args.device)
+        warm = nn.Linear(8, 8).to(device)  # loads what torch loads with the first step
+        warm(torch.ones(8, 8, device=device)).sum().backward()
+        baseline = peak_mib(device)
+        if job.model == MATMUL:
+            steps, about, flops = matmul_steps(job.dtype, device), {}, 0
+        else:
+            step, about, flops = build_step(job, args, audio, device)
+            steps = [step]
+        connection.send((about, flops, baseline))
+        while (at_least := connection.recv()) is not None:
+            connection.send([time_steps(step, at_least, device) for step in steps])
+        connection.send(peak_mib(device))
+    except Exception as error:
+        connection.send(error if isinstance(error, ValueError) else RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def time_steps(step, at_least: float, device: torch.device) -> list[float]:
+    """Seconds of each of as many steps as take `at_least` seconds, one at least."""
+    if device.type == "cuda":
+        step()  # to get memory back, and the clock of the GPU up
+        torch.cuda.synchronize(device)
+    seconds: list[float] = []
+    while sum(seconds) < at_least or not seconds:
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the other processes
+    return seconds
+
+
+def matmul_steps(dtype: str, device: torch.device) -> list:
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    factors = [
+        (torch.randn(rows, inner, device=device).to(kind), torch.randn(outer, inner, device=device).to(kind))
+        for rows, inner, outer in MATMUL_SHAPES[device.type]
+    ]
+    return [lambda a=a, b=b: nn.functional.linear(a, b) for a, b in factors]
+
+
+def build_step(job: Job, args: Arguments, audio: np.ndarray, device: torch.device):
+    """A step, as a function without arguments; cells that describe it; its floating-point operations."""
+    clips = [row for row in audio[: round(job.audio_seconds * SAMPLING_RATE)].reshape(job.clips, -1)]
+    model, batch, about = (build_peer if job.model == PEER else build_ours)(job, clips, args)
+    model.to(device).train()
+    batch = {name: value.to(device) for name, value in batch.items()}
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], **OPTIMIZER)
+
+    def step(forward=model):
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == "bf16"):
+            loss = forward(**batch).loss
+        if job.model == PEER:
+            loss = loss / batch["mask_time_indices"].sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if job.model == OURS:
+            model.after_update()
+
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
+        step()
+    about["dtype"] = "bf16 autocast" if job.dtype == "bf16" else "float32"
+    about["dropout"] = f"{args.dropout:g}"
+    about["optimizer"] = "fused AdamW"
+    if args.compile and not (job.model == OURS and model.comparing):
+        about["dtype"] += ", compiled"
+        compiled = torch.compile(model)
+        return lambda: step(compiled), about, counter.get_total_flops()
+    return step, about, counter.get_total_flops()
+
+
+def build_ours(job: Job, clips: list[np.ndarray], args: Arguments):
+    config = job.config
+    model = SpeechCLForPreTraining(config)
+    speech = SpeechDataset(load_corpus(args.corpus), config.sampling_rate)  # to mix in, where inputs are corrupted
+    collator = build_collator(model, PretrainingDataArguments(), speech)
+    if "hubert" in config.objectives:
+        num_units = model.objectives["hubert"].num_units
+        collator.units = lambda index, length: np.random.default_rng(index).integers(num_units, size=length)
+    batch = collator(
+        [
+            {"index": number, "label": number, "seed": (0, 0, number), "input_values": clip}
+            for number, clip in enumerate(clips)
+        ]
+    )
+    batch.pop("num_skipped")
+    num_layers = len(model.speechcl.subsampling.layers)
+    window = config.sliding_window
+    about = {
+        "front end": f"log-mel {config.num_mel_bins}, {num_layers} convolutions of {config.conv_dim}",
+        "frames/s": f"{config.sampling_rate / config.inputs_to_logits_ratio:g}",
+        "attention": f"{'all frames' if window is None else f'±{window} frames'}, {config._attn_implementation}",
+    }
+    return model, batch, about
+
+
+def build_peer(job: Job, clips: list[np.ndarray], args: Arguments):
+    """The peer at the size of the job's configuration, with masks and negatives by its own functions."""
+    same = job.config
+    config = Wav2Vec2Config(
+        hidden_size=same.hidden_size,
+        num_hidden_layers=same.num_hidden_layers,
+        num_attention_heads=same.num_attention_heads,
+        intermediate_size=same.intermediate_size,
+        hidden_dropout=same.hidden_dropout,
+        attention_dropout=same.attention_dropout,
+        activation_dropout=same.activation_dropout,
+        feat_proj_dropout=0.0,
+        feat_quantizer_dropout=0.0,
+        layerdrop=0.0,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        attn_implementation=same._attn_implementation,
+    )
+    model = Wav2Vec2ForPreTraining(config)
+    drawn = PretrainingDataArguments()
+    values = np.stack([(clip - clip.mean()) / np.sqrt(clip.var() + 1e-7) for clip in clips])
+    shape = (len(clips), int(model._get_feat_extract_output_lengths(values.shape[1])))
+    samples_per_frame = int(np.prod(config.conv_stride))
+    frame_rate = SAMPLING_RATE / samples_per_frame
+    np.random.seed(0)
+    mask = _compute_mask_indices(shape, drawn.mask_prob, round(drawn.mask_span * frame_rate))
+    negatives = _sample_negative_indices(shape, config.num_negatives, mask)
+    batch = {
+        "input_values": torch.from_numpy(values),
+        "mask_time_indices": torch.from_numpy(mask),
+        "sampled_negative_indices": torch.from_numpy(negatives),
+    }
+    about = {
+        "front end": f"waveform, {len(config.conv_dim)} convolutions of {config.conv_dim[0]}",
+        "frames/s": f"{frame_rate:g}",
+        "attention": f"all frames, {config._attn_implementation}",
+    }
+    return model, batch, about
+
+
+def convolution_backward_flops(gradient, inputs, weight, *args, out_shape=None, **kwargs) -> int:
+    """Each gradient that is computed costs what the forward pass costs; torch's own formula ignores groups."""
+    wanted = args[-1][:2]
+    return sum(wanted) * 2 * int(np.prod(gradient)) * int(np.prod(weight[1:]))
+
+
+def attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+def attention_backward_flops(gradient, query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
+
+
+FLOP_FORMULAS = {
+    torch.ops.aten.convolution_backward: convolution_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+# In the process that asks
+
+
+def measure(jobs: list[Job], args: Arguments, audio: np.ndarray) -> list[Measurement]:
+    """Run all jobs in turns, each in a process of its own."""
+    context = multiprocessing.get_context("forkserver")  # it imports this file once, for all
+    workers, measurements = [], []
+    for job in jobs:
+        connection, theirs = context.Pipe()
+        process = context.Process(target=work, args=(job, args, audio, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        measurement = Measurement(job, {})
+        workers.append((process, connection, measurement))
+        measurements.append(measurement)
+        if (answer := ask(connection, measurement)) is not None:
+            measurement.about, measurement.flops, measurement.baseline_mib = answer
+    for number in range(args.rounds + 1):
+        print(f"\rround {number} of {args.rounds} ", end="", file=sys.stderr, flush=True)
+        for _, connection, measurement in workers[:: 1 if number % 2 else -1]:
+            if measurement.error is None:
+                connection.send(0.0 if number == 0 else TURN_SECONDS)
+                answer = ask(connection, measurement)
+                if number > 0 and answer is not None:
+                    measurement.seconds += answer if measurement.job.model == MATMUL else answer[0]
+    for process, connection, measurement in workers:
+        if measurement.error is None:
+            connection.send(None)
+            measurement.peak_mib = ask(connection, measurement)
+        process.join()
+    print(file=sys.stderr)
+    return measurements
+
+
+def ask(connection: Connection, measurement: Measurement):
+    """The answer of a process; None and a note where it failed."""
+    try:
+        answer = connection.recv()
+    except EOFError:
+        answer = RuntimeError("the process was ended, for want of memory perhaps")
+    if isinstance(answer, Exception):
+        measurement.error = str(answer).splitlines()[0]
+        print(f"{measurement.job.model} {measurement.job.size}: {measurement.error}", file=sys.stderr)
+        return None
+    return answer
+
+
+def read_clips(args: Arguments, seconds: float) -> np.ndarray:
+    """The clips of the corpus one after the other, from the start again where they run out, cut to `seconds`."""
+    corpus, joined = load_corpus(args.corpus), []
+    wanted = round(seconds * SAMPLING_RATE)
+    while sum(map(len, joined)) < wanted:
+        joined.append(read_audio(corpus[len(joined) % len(corpus)]["audio"], SAMPLING_RATE))
+    return np.concatenate(joined)[:wanted]
+
+
+def config_of(args: Arguments, size: str, frame_rate: float, objective: dict, attention: str) -> SpeechCLConfig:
+    hop_length = SpeechCLConfig().hop_length
+    factor = round(SAMPLING_RATE / frame_rate / hop_length)
+    options = {
+        "subsampling_factor": factor,
+        "hidden_dropout": args.dropout,
+        "attention_dropout": args.dropout,
+        "objectives": objective,
+        "attn_implementation": attention,
+        **parse_config_options(args.encoder_options, "encoder_options"),
+    }
+    return SpeechCLConfig.from_size(size, **options)
+
+
+def our_job(args: Arguments, dtype: str, size: str, frame_rate: float, objective: str, attention: str) -> Job:
+    clips, seconds = args.clips, args.seconds
+    if issubclass(OBJECTIVES[objective], UtteranceObjective):
+        clips, seconds = max(2, round(clips * seconds / VIEWED_SECONDS)), VIEWED_SECONDS
+    options: dict = {"weight": 1.0}
+    if objective == "hubert":
+        options["samples_per_unit"] = round(SAMPLING_RATE / frame_rate)
+    config = config_of(args, size, frame_rate, {objective: options}, attention)
+    return Job(OURS, dtype, config, size, clips, seconds)
+
+
+def plan(args: Arguments) -> list[Job]:
+    first, *others = args.objectives
+    jobs = [Job(MATMUL, dtype) for dtype in args.dtypes]
+    for attention in args.attention:
+        for size in args.sizes:
+            for dtype in args.dtypes:
+                ours = [our_job(args, dtype, size, rate, first, attention) for rate in args.frame_rates]
+                jobs += ours
+                if args.peer:
+                    jobs.append(Job(PEER, dtype, ours[0].config, size, args.clips, args.seconds))
+    for objective in others:
+        for dtype in args.dtypes[-1:] if args.quick else args.dtypes:
+            jobs.append(our_job(args, dtype, args.sizes[0], args.frame_rates[0], objective, args.attention[0]))
+    return jobs
+
+
+def matmul_peaks(measurements: list[Measurement], device: str) -> dict[str, float]:
+    """FLOP per second of the fastest shape by dtype, each shape at its median."""
+    shapes, peaks = MATMUL_SHAPES[device], {}
+    for measurement in measurements:
+        if measurement.job.model == MATMUL and measurement.seconds:
+            turns = len(measurement.seconds) // len(shapes)
+            rates = []
+            for place, (rows, inner, outer) in enumerate(shapes):
+                seconds = np.concatenate([measurement.seconds[turn * len(shapes) + place] for turn in range(turns)])
+                rates.append(2 * rows * inner * outer / np.median(seconds))
+            peaks[measurement.job.dtype] = max(rates)
+    return peaks
+
+
+def spread(seconds: list[float]) -> str:
+    """Median and, in brackets, the 10th and 90th percentiles, in milliseconds."""
+    low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)) * 1000
+    return f"{middle:.0f} ({low:.0f}–{high:.0f})"
+
+
+def table(measurements: list[Measurement], peaks: dict[str, float]) -> list[str]:
+    """The rows of a Markdown table, its head first."""
+    models = [measurement for measurement in measurements if measurement.job.model != MATMUL]
+    peers = {
+        (peer.job.size, peer.job.config._attn_implementation, peer.job.dtype): peer.rate
+        for peer in models
+        if peer.job.model == PEER
+    }
+    lines = []
+    for measurement in models:
+        job = measurement.job
+        cells = {
+            "model": job.model,
+            "size": job.size,
+            "objective": job.objective,
+            **{
+                name: measurement.about.get(name, "–")
+                for name in ("front end", "frames/s", "attention", "dtype", "dropout", "optimizer")
+            },
+            "clips": f"{job.clips} × {job.clip_seconds:g} s",
+        }
+        if measurement.seconds:
+            cells["step ms: median (p10–p90)"] = spread(measurement.seconds)
+            cells["audio s per s"] = f"{measurement.rate:.1f}"
+            for dtype in ("float32", "bf16"):
+                peer = peers.get((job.size, job.config._attn_implementation, dtype), float("nan"))
+                ratio = measurement.rate / peer
+                cells[f"× peer {dtype}"] = "–" if np.isnan(ratio) else f"{ratio:.1f}"
+            cells["GFLOP per audio s"] = f"{measurement.flops / 1e9 / job.audio_seconds:.2f}"
+            cells["of matmul peak"] = f"{measurement.flops / measurement.median / peaks[job.dtype]:.0%}"
+            cells["peak MiB"] = f"{measurement.peak_mib:.0f}"
+            cells["of it the step"] = f"{measurement.peak_mib - measurement.baseline_mib:.0f}"
+        else:
+            cells["step ms: median (p10–p90)"] = measurement.error or "–"
+            cells |= dict.fromkeys(
+                ("audio s per s", "× peer float32", "× peer bf16", "GFLOP per audio s", "of matmul peak", "peak MiB"),
+                "–",
+            )
+            cells["of it the step"] = "–"
+        if not lines:
+            lines += [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
+        lines.append(f"| {' | '.join(cells.values())} |")
+    return lines
+
+
+def describe_machine(args: Arguments) -> str:
+    """Date, processor, threads and versions in one line."""
+    processor, flags = platform.processor(), ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {name.strip(): value.strip() for name, value in fields.items()}
+        processor = fields.get("model name", processor)
+        known = [name for name in ("avx512_bf16", "amx_bf16") if name in fields.get("flags", "").split()]
+        flags = f" with {' and '.join(known)}" if known else ""
+    if args.device == "cuda":
+        processor, flags = f"{torch.cuda.get_device_name()}; {processor}", ""
+    threads = args.threads or torch.get_num_threads()
+    return (
+        f"{datetime.date.today()}, {processor}{flags}, {threads} threads of {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def main() -> None:
+    (args,) = parse_arguments([Arguments], __doc__)
+    print(describe_machine(args) + "\n", flush=True)
+    if args.quick:
+        args.rounds = 2
+    jobs = plan(args)
+    audio = read_clips(args, max(job.audio_seconds for job in jobs))
+    measurements = measure(jobs, args, audio)
+    peaks = matmul_peaks(measurements, args.device)
+    print("\n".join(table(measurements, peaks)))
+    print("\nmatmul peak: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items()))
+
+
+if __name__ == "__main__":
+    main()
