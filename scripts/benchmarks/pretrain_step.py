@@ -224,7 +224,7 @@ def matmul_steps(dtype: str, device: torch.device) -> list:
 
 def build_step(job: Job, args: Arguments, audio: np.ndarray, device: torch.device):
     """A step, as a function without arguments; cells that describe it; its floating-point operations."""
-    clips = [row for row in audio[: round(job.audio_seconds * SAMPLING_RATE)].reshape(job.clips, -1)]
+    clips = list(audio[: round(job.audio_seconds * SAMPLING_RATE)].reshape(job.clips, -1))
     model, batch, about = (build_peer if job.model == PEER else build_ours)(job, clips, args)
     model.to(device).train()
     batch = {name: value.to(device) for name, value in batch.items()}
