@@ -19,6 +19,7 @@ different architectures with encoders of the same width, depth and heads.
 
 import dataclasses
 import datetime
+import itertools
 import multiprocessing
 import os
 import platform
@@ -26,6 +27,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -83,9 +85,11 @@ class Arguments:
     encoder_options: list[str] = option([], "Fields of SpeechCLConfig to change; the peer follows in those it has.")
     clips: int = option(2, "Clips in a batch.")
     seconds: float = option(10.0, "Seconds of a clip.")
-    rounds: int = option(5, "Turns of each model, after one to warm up.")
+    rounds: int = option(5, "Turns of each model.")
     compile: bool = option(False, "torch.compile both models, but for objectives that compare clips.")
-    quick: bool = option(False, "Two rounds; objectives but the first in the last dtype only.")
+    quick: bool = option(
+        False, "Two rounds, sizes but the first at the first frame rate, objectives but the first in the last dtype."
+    )
     growth: bool = option(False, "Measure growth instead, in the last dtype.")
     plot_file: str = option("growth.png", "Where growth is drawn.")
 
@@ -230,7 +234,7 @@ def build_step(job: Job, args: Arguments, audio: np.ndarray, device: torch.devic
     batch = {name: value.to(device) for name, value in batch.items()}
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], **OPTIMIZER)
 
-    def step(forward=model):
+    def step(forward=model) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == "bf16"):
             loss = forward(**batch).loss
         if job.model == PEER:
@@ -248,8 +252,8 @@ def build_step(job: Job, args: Arguments, audio: np.ndarray, device: torch.devic
     about["optimizer"] = "fused AdamW"
     if args.compile and not (job.model == OURS and model.comparing):
         about["dtype"] += ", compiled"
-        compiled = torch.compile(model)
-        return lambda: step(compiled), about, counter.get_total_flops()
+        step = partial(step, torch.compile(model))
+        step()
     return step, about, counter.get_total_flops()
 
 
@@ -343,7 +347,7 @@ FLOP_FORMULAS = {
 
 
 def measure(jobs: list[Job], args: Arguments, audio: np.ndarray) -> list[Measurement]:
-    """Run all jobs in turns, each in a process of its own."""
+    """Run all jobs in turns, each in a process of its own, which keeps its memory until the end."""
     context = multiprocessing.get_context("forkserver")  # it imports this file once, for all
     workers, measurements = [], []
     for job in jobs:
@@ -354,31 +358,29 @@ def measure(jobs: list[Job], args: Arguments, audio: np.ndarray) -> list[Measure
         measurement = Measurement(job, {})
         workers.append((process, connection, measurement))
         measurements.append(measurement)
-        if (answer := ask(connection, measurement)) is not None:
+        if (answer := ask(process, connection, measurement)) is not None:
             measurement.about, measurement.flops, measurement.baseline_mib = answer
-    for number in range(args.rounds + 1):
-        print(f"\rround {number} of {args.rounds} ", end="", file=sys.stderr, flush=True)
-        for _, connection, measurement in workers[:: 1 if number % 2 else -1]:
+    for number in range(args.rounds):
+        for process, connection, measurement in workers[:: -1 if number % 2 else 1]:
             if measurement.error is None:
-                connection.send(0.0 if number == 0 else TURN_SECONDS)
-                answer = ask(connection, measurement)
-                if number > 0 and answer is not None:
+                connection.send(TURN_SECONDS)
+                if (answer := ask(process, connection, measurement)) is not None:
                     measurement.seconds += answer if measurement.job.model == MATMUL else answer[0]
     for process, connection, measurement in workers:
         if measurement.error is None:
             connection.send(None)
-            measurement.peak_mib = ask(connection, measurement)
+            measurement.peak_mib = ask(process, connection, measurement)
         process.join()
-    print(file=sys.stderr)
     return measurements
 
 
-def ask(connection: Connection, measurement: Measurement):
+def ask(process, connection: Connection, measurement: Measurement):
     """The answer of a process; None and a note where it failed."""
     try:
         answer = connection.recv()
     except EOFError:
-        answer = RuntimeError("the process was ended, for want of memory perhaps")
+        process.join()
+        answer = RuntimeError(f"exit code {process.exitcode}" + (", out of memory?" if process.exitcode == -9 else ""))
     if isinstance(answer, Exception):
         measurement.error = str(answer).splitlines()[0]
         print(f"{measurement.job.model} {measurement.job.size}: {measurement.error}", file=sys.stderr)
@@ -420,40 +422,56 @@ def our_job(args: Arguments, dtype: str, size: str, frame_rate: float, objective
     return Job(OURS, dtype, config, size, clips, seconds)
 
 
-def plan(args: Arguments) -> list[Job]:
+def plan(args: Arguments) -> list[list[Job]]:
+    """For each size the jobs that take turns; those of the next size begin when they have ended."""
     first, *others = args.objectives
-    jobs = [Job(MATMUL, dtype) for dtype in args.dtypes]
-    for attention in args.attention:
-        for size in args.sizes:
+    groups = []
+    for size in args.sizes:
+        rates = args.frame_rates[:1] if args.quick and size != args.sizes[0] else args.frame_rates
+        jobs = [Job(MATMUL, dtype) for dtype in args.dtypes]
+        for attention in args.attention:
             for dtype in args.dtypes:
-                ours = [our_job(args, dtype, size, rate, first, attention) for rate in args.frame_rates]
+                ours = [our_job(args, dtype, size, rate, first, attention) for rate in rates]
                 jobs += ours
                 if args.peer:
                     jobs.append(Job(PEER, dtype, ours[0].config, size, args.clips, args.seconds))
-    for objective in others:
-        for dtype in args.dtypes[-1:] if args.quick else args.dtypes:
-            jobs.append(our_job(args, dtype, args.sizes[0], args.frame_rates[0], objective, args.attention[0]))
-    return jobs
+        if size == args.sizes[0]:
+            dtypes = args.dtypes[-1:] if args.quick else args.dtypes
+            jobs += [
+                our_job(args, dtype, size, rates[0], name, args.attention[0]) for name in others for dtype in dtypes
+            ]
+        groups.append(jobs)
+    return groups
 
 
 def matmul_peaks(measurements: list[Measurement], device: str) -> dict[str, float]:
     """FLOP per second of the fastest shape by dtype, each shape at its median."""
-    shapes, peaks = MATMUL_SHAPES[device], {}
-    for measurement in measurements:
-        if measurement.job.model == MATMUL and measurement.seconds:
-            turns = len(measurement.seconds) // len(shapes)
-            rates = []
-            for place, (rows, inner, outer) in enumerate(shapes):
-                seconds = np.concatenate([measurement.seconds[turn * len(shapes) + place] for turn in range(turns)])
-                rates.append(2 * rows * inner * outer / np.median(seconds))
-            peaks[measurement.job.dtype] = max(rates)
+    peaks = {}
+    for dtype in sorted({measurement.job.dtype for measurement in measurements}):
+        turns = [
+            measurement.seconds
+            for measurement in measurements
+            if measurement.job.model == MATMUL and measurement.job.dtype == dtype
+        ]
+        seconds: list[list[float]] = [[] for _ in MATMUL_SHAPES[device]]
+        for place, times in enumerate(itertools.chain(*turns)):
+            seconds[place % len(seconds)] += times
+        peaks[dtype] = max(
+            2 * rows * inner * outer / np.median(times)
+            for (rows, inner, outer), times in zip(MATMUL_SHAPES[device], seconds)
+        )
     return peaks
+
+
+def significant(value: float) -> str:
+    """Three digits, of which whole numbers keep all."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def spread(seconds: list[float]) -> str:
     """Median and, in brackets, the 10th and 90th percentiles, in milliseconds."""
     low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)) * 1000
-    return f"{middle:.0f} ({low:.0f}–{high:.0f})"
+    return " ".join([significant(middle), f"({significant(low)}–{significant(high)})"])
 
 
 def table(measurements: list[Measurement], peaks: dict[str, float]) -> list[str]:
@@ -479,11 +497,11 @@ def table(measurements: list[Measurement], peaks: dict[str, float]) -> list[str]
         }
         if measurement.seconds:
             cells["step ms: median (p10–p90)"] = spread(measurement.seconds)
-            cells["audio s per s"] = f"{measurement.rate:.1f}"
+            cells["audio s per s"] = significant(measurement.rate)
             for dtype in ("float32", "bf16"):
                 peer = peers.get((job.size, job.config._attn_implementation, dtype), float("nan"))
                 ratio = measurement.rate / peer
-                cells[f"× peer {dtype}"] = "–" if np.isnan(ratio) else f"{ratio:.1f}"
+                cells[f"× peer {dtype}"] = "–" if np.isnan(ratio) else significant(ratio)
             cells["GFLOP per audio s"] = f"{measurement.flops / 1e9 / job.audio_seconds:.2f}"
             cells["of matmul peak"] = f"{measurement.flops / measurement.median / peaks[job.dtype]:.0%}"
             cells["peak MiB"] = f"{measurement.peak_mib:.0f}"
@@ -525,9 +543,9 @@ def main() -> None:
     print(describe_machine(args) + "\n", flush=True)
     if args.quick:
         args.rounds = 2
-    jobs = plan(args)
-    audio = read_clips(args, max(job.audio_seconds for job in jobs))
-    measurements = measure(jobs, args, audio)
+    groups = plan(args)
+    audio = read_clips(args, max(job.audio_seconds for jobs in groups for job in jobs))
+    measurements = [measurement for jobs in groups for measurement in measure(jobs, args, audio)]
     peaks = matmul_peaks(measurements, args.device)
     print("\n".join(table(measurements, peaks)))
     print("\nmatmul peak: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items()))
