@@ -17,16 +17,14 @@ and AdamW. SpeechCL sees log-mel frames and the peer learned convolutions of the
 different architectures with encoders of the same width, depth and heads.
 """
 
-import dataclasses
 import datetime
-import itertools
 import multiprocessing
 import os
 import platform
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -58,7 +56,7 @@ from hf_speechcl.training.pretrain import build_collator  # noqa: E402
 OURS, PEER, MATMUL = "SpeechCL", "Wav2Vec2ForPreTraining", "matmul"
 SAMPLING_RATE = 16000
 VIEWED_SECONDS = 2.5  # clips of objectives that compare clips
-TURN_SECONDS = 0.5  # a model steps at least once in its turn, and until so much time has passed
+QUANTILES = (0.1, 0.5, 0.9)
 OPTIMIZER = {"lr": 1e-4, "weight_decay": 0.01, "betas": (0.9, 0.98), "fused": True}
 # Rows, inner and outer width of the products whose best rate is called the matmul peak.
 MATMUL_SHAPES = {
@@ -86,6 +84,7 @@ class Arguments:
     clips: int = option(2, "Clips in a batch.")
     seconds: float = option(10.0, "Seconds of a clip.")
     rounds: int = option(5, "Turns of each model.")
+    turn_seconds: float = option(0.5, "Shortest turn; a model steps once at least.")
     compile: bool = option(False, "torch.compile both models, but for objectives that compare clips.")
     quick: bool = option(
         False, "Two rounds, sizes but the first at the first frame rate, objectives but the first in the last dtype."
@@ -106,7 +105,7 @@ class Arguments:
             values = values if isinstance(values, list) else [values]
             if not values or set(values) - set(known):
                 raise ValueError(f"{name}: expected of {', '.join(map(str, known))}, found {values}")
-        for name in ("clips", "seconds", "rounds"):
+        for name in ("clips", "seconds", "rounds", "turn_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
@@ -119,7 +118,10 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures: steps of a model, or matrix products."""
+    """What one process measures: steps of a model, or a matrix product of a shape.
+
+    `grows` is the value of what grows from job to job, if anything does.
+    """
 
     model: str
     dtype: str
@@ -127,6 +129,8 @@ class Job:
     size: str = ""
     clips: int = 0
     clip_seconds: float = 0.0
+    shape: tuple[int, int, int] = (0, 0, 0)
+    grows: float = 0.0
 
     @property
     def audio_seconds(self) -> float:
@@ -134,7 +138,11 @@ class Job:
 
     @property
     def objective(self) -> str:
-        return "wav2vec2" if self.model == PEER else ", ".join(self.config.objectives)
+        """Its name, with options that are not the default."""
+        if self.model == PEER:
+            return "wav2vec2"
+        ((name, options),) = self.config.objectives.items()
+        return ", ".join([name, *(f"{key}={value}" for key, value in options.items() if key.startswith("num_"))])
 
 
 @dataclass
@@ -145,7 +153,7 @@ class Measurement:
         job: what was measured.
         about: cells of the table that describe the model, by column.
         flops: floating-point operations of a step.
-        seconds: of every step after the warm-up; of matrix products for every shape.
+        seconds: of every step after the first.
         baseline_mib, peak_mib: memory before there was a model, and at its highest; of the process or of the GPU.
         error: what ended the process early.
     """
@@ -153,7 +161,7 @@ class Measurement:
     job: Job
     about: dict[str, str]
     flops: float = 0.0
-    seconds: list = dataclasses.field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     baseline_mib: float = 0.0
     peak_mib: float = 0.0
     error: str | None = None
@@ -172,7 +180,7 @@ class Measurement:
 
 
 def work(job: Job, args: Arguments, audio: np.ndarray, connection: Connection) -> None:
-    """Build what the job names, describe it, run it whenever told to, and tell the peak of memory at the end."""
+    """Build what the job names, describe it, run it whenever told to, and tell the peak of memory in the end."""
     try:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
@@ -182,16 +190,15 @@ def work(job: Job, args: Arguments, audio: np.ndarray, connection: Connection) -
         warm(torch.ones(8, 8, device=device)).sum().backward()
         baseline = peak_mib(device)
         if job.model == MATMUL:
-            steps, about, flops = matmul_steps(job.dtype, device), {}, 0
+            step, about, flops = build_matmul(job, device)
         else:
             step, about, flops = build_step(job, args, audio, device)
-            steps = [step]
         connection.send((about, flops, baseline))
         while (at_least := connection.recv()) is not None:
-            connection.send([time_steps(step, at_least, device) for step in steps])
+            connection.send(time_steps(step, at_least, device))
         connection.send(peak_mib(device))
     except Exception as error:
-        connection.send(error if isinstance(error, ValueError) else RuntimeError(f"{type(error).__name__}: {error}"))
+        connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def peak_mib(device: torch.device) -> float:
@@ -217,13 +224,11 @@ def time_steps(step, at_least: float, device: torch.device) -> list[float]:
     return seconds
 
 
-def matmul_steps(dtype: str, device: torch.device) -> list:
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    factors = [
-        (torch.randn(rows, inner, device=device).to(kind), torch.randn(outer, inner, device=device).to(kind))
-        for rows, inner, outer in MATMUL_SHAPES[device.type]
-    ]
-    return [lambda a=a, b=b: nn.functional.linear(a, b) for a, b in factors]
+def build_matmul(job: Job, device: torch.device):
+    rows, inner, outer = job.shape
+    kind = torch.bfloat16 if job.dtype == "bf16" else torch.float32
+    factors = [torch.randn(size, inner, device=device).to(kind) for size in (rows, outer)]
+    return partial(nn.functional.linear, *factors), {}, 2 * rows * inner * outer
 
 
 def build_step(job: Job, args: Arguments, audio: np.ndarray, device: torch.device):
@@ -247,11 +252,8 @@ def build_step(job: Job, args: Arguments, audio: np.ndarray, device: torch.devic
 
     with flop_counter.FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
         step()
-    about["dtype"] = "bf16 autocast" if job.dtype == "bf16" else "float32"
-    about["dropout"] = f"{args.dropout:g}"
-    about["optimizer"] = "fused AdamW"
     if args.compile and not (job.model == OURS and model.comparing):
-        about["dtype"] += ", compiled"
+        about["compiled"] = ", compiled"
         step = partial(step, torch.compile(model))
         step()
     return step, about, counter.get_total_flops()
@@ -348,7 +350,8 @@ FLOP_FORMULAS = {
 
 def measure(jobs: list[Job], args: Arguments, audio: np.ndarray) -> list[Measurement]:
     """Run all jobs in turns, each in a process of its own, which keeps its memory until the end."""
-    context = multiprocessing.get_context("forkserver")  # it imports this file once, for all
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_speechcl.training.pretrain", Wav2Vec2ForPreTraining.__module__])
     workers, measurements = [], []
     for job in jobs:
         connection, theirs = context.Pipe()
@@ -363,13 +366,12 @@ def measure(jobs: list[Job], args: Arguments, audio: np.ndarray) -> list[Measure
     for number in range(args.rounds):
         for process, connection, measurement in workers[:: -1 if number % 2 else 1]:
             if measurement.error is None:
-                connection.send(TURN_SECONDS)
-                if (answer := ask(process, connection, measurement)) is not None:
-                    measurement.seconds += answer if measurement.job.model == MATMUL else answer[0]
+                connection.send(args.turn_seconds)
+                measurement.seconds += ask(process, connection, measurement) or []
     for process, connection, measurement in workers:
         if measurement.error is None:
             connection.send(None)
-            measurement.peak_mib = ask(process, connection, measurement)
+            measurement.peak_mib = ask(process, connection, measurement) or 0.0
         process.join()
     return measurements
 
@@ -411,15 +413,28 @@ def config_of(args: Arguments, size: str, frame_rate: float, objective: dict, at
     return SpeechCLConfig.from_size(size, **options)
 
 
-def our_job(args: Arguments, dtype: str, size: str, frame_rate: float, objective: str, attention: str) -> Job:
-    clips, seconds = args.clips, args.seconds
+def our_job(
+    args: Arguments,
+    dtype: str,
+    size: str,
+    frame_rate: float,
+    objective: str,
+    attention: str,
+    clips: int | None = None,
+    seconds: float | None = None,
+    **options,
+) -> Job:
+    clips, seconds = clips or args.clips, seconds or args.seconds
     if issubclass(OBJECTIVES[objective], UtteranceObjective):
         clips, seconds = max(2, round(clips * seconds / VIEWED_SECONDS)), VIEWED_SECONDS
-    options: dict = {"weight": 1.0}
     if objective == "hubert":
         options["samples_per_unit"] = round(SAMPLING_RATE / frame_rate)
-    config = config_of(args, size, frame_rate, {objective: options}, attention)
+    config = config_of(args, size, frame_rate, {objective: {"weight": 1.0, **options}}, attention)
     return Job(OURS, dtype, config, size, clips, seconds)
+
+
+def matmul_jobs(args: Arguments) -> list[Job]:
+    return [Job(MATMUL, dtype, shape=shape) for dtype in args.dtypes for shape in MATMUL_SHAPES[args.device]]
 
 
 def plan(args: Arguments) -> list[list[Job]]:
@@ -428,7 +443,7 @@ def plan(args: Arguments) -> list[list[Job]]:
     groups = []
     for size in args.sizes:
         rates = args.frame_rates[:1] if args.quick and size != args.sizes[0] else args.frame_rates
-        jobs = [Job(MATMUL, dtype) for dtype in args.dtypes]
+        jobs = matmul_jobs(args)
         for attention in args.attention:
             for dtype in args.dtypes:
                 ours = [our_job(args, dtype, size, rate, first, attention) for rate in rates]
@@ -444,22 +459,66 @@ def plan(args: Arguments) -> list[list[Job]]:
     return groups
 
 
-def matmul_peaks(measurements: list[Measurement], device: str) -> dict[str, float]:
-    """FLOP per second of the fastest shape by dtype, each shape at its median."""
-    peaks = {}
-    for dtype in sorted({measurement.job.dtype for measurement in measurements}):
-        turns = [
-            measurement.seconds
-            for measurement in measurements
-            if measurement.job.model == MATMUL and measurement.job.dtype == dtype
-        ]
-        seconds: list[list[float]] = [[] for _ in MATMUL_SHAPES[device]]
-        for place, times in enumerate(itertools.chain(*turns)):
-            seconds[place % len(seconds)] += times
-        peaks[dtype] = max(
-            2 * rows * inner * outer / np.median(times)
-            for (rows, inner, outer), times in zip(MATMUL_SHAPES[device], seconds)
-        )
+def plan_growth(args: Arguments) -> dict[str, list[Job]]:
+    """What grows, and the jobs that take turns to show it."""
+    job = partial(our_job, args, dtype=args.dtypes[-1], frame_rate=args.frame_rates[0], attention=args.attention[0])
+    small, first, longest = args.sizes[0], args.objectives[0], 6 * args.seconds
+    batch = f"batches of {args.clips * args.seconds:g} s"
+    return {
+        f"seconds of an utterance, batches of {longest:g} s": [
+            replace(job(size=size, objective=first, clips=clips, seconds=longest / clips), grows=longest / clips)
+            for size in args.sizes
+            for clips in (12, 6, 4, 3, 2, 1)
+        ],
+        f"seconds of a batch, utterances of {args.seconds:g} s": [
+            replace(job(size=size, objective=first, clips=clips), grows=clips * args.seconds)
+            for size in args.sizes
+            for clips in (1, 2, 4, 8)
+        ],
+        f"codebooks of best_rq, {batch}": [
+            replace(job(size=small, objective="best_rq", num_codebooks=number), grows=number)
+            for number in (1, 2, 4, 8, 16, 32)
+        ],
+        f"negatives of wav2vec2, {batch}": [
+            replace(job(size=small, objective="wav2vec2", num_negatives=number), grows=number)
+            for number in (10, 50, 100, 200, 400)
+        ],
+    }
+
+
+def plot_growth(sweeps: dict[str, list[Measurement]], file: str) -> None:
+    """Time above, memory below, a column for each thing that grows, a line for each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(4 * len(sweeps), 6), sharex="col", layout="constrained")
+    for (name, measurements), (times, memories) in zip(sweeps.items(), axes.T):
+        models = [found for found in measurements if found.job.model == OURS and found.seconds]
+        for size in dict.fromkeys(found.job.size for found in models):
+            points = sorted((found for found in models if found.job.size == size), key=lambda found: found.job.grows)
+            values = [found.job.grows for found in points]
+            low, middle, high = np.transpose([np.quantile(found.seconds, QUANTILES) for found in points])
+            times.plot(values, middle, marker="o", label=size)
+            times.fill_between(values, low, high, alpha=0.2)
+            memories.plot(values, [found.peak_mib - found.baseline_mib for found in points], marker="o", label=size)
+        times.set_title(name, fontsize="small")
+        for axis in (times, memories):
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.legend()
+    axes[0, 0].set_ylabel("seconds of a step")
+    axes[1, 0].set_ylabel("peak memory of the step, MiB")
+    figure.savefig(file, dpi=120)
+
+
+def matmul_peaks(measurements: list[Measurement]) -> dict[str, float]:
+    """FLOP per second of the fastest shape, by dtype."""
+    peaks: dict[str, float] = {}
+    for found in measurements:
+        if found.job.model == MATMUL and found.seconds:
+            peaks[found.job.dtype] = max(found.flops / found.median, peaks.get(found.job.dtype, 0.0))
     return peaks
 
 
@@ -470,53 +529,41 @@ def significant(value: float) -> str:
 
 def spread(seconds: list[float]) -> str:
     """Median and, in brackets, the 10th and 90th percentiles, in milliseconds."""
-    low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)) * 1000
-    return " ".join([significant(middle), f"({significant(low)}–{significant(high)})"])
+    low, middle, high = (significant(1000 * value) for value in np.quantile(seconds, QUANTILES))
+    return f"{middle} ({low}–{high})"
 
 
-def table(measurements: list[Measurement], peaks: dict[str, float]) -> list[str]:
-    """The rows of a Markdown table, its head first."""
-    models = [measurement for measurement in measurements if measurement.job.model != MATMUL]
+def table(measurements: list[Measurement]) -> list[str]:
+    """The lines of a Markdown table of the models, and what their columns refer to."""
+    peaks = matmul_peaks(measurements)
+    models = [found for found in measurements if found.job.model != MATMUL]
     peers = {
-        (peer.job.size, peer.job.config._attn_implementation, peer.job.dtype): peer.rate
-        for peer in models
-        if peer.job.model == PEER
+        (found.job.size, found.job.config._attn_implementation, found.job.dtype): found
+        for found in models
+        if found.job.model == PEER
     }
     lines = []
-    for measurement in models:
-        job = measurement.job
-        cells = {
-            "model": job.model,
-            "size": job.size,
-            "objective": job.objective,
-            **{
-                name: measurement.about.get(name, "–")
-                for name in ("front end", "frames/s", "attention", "dtype", "dropout", "optimizer")
-            },
-            "clips": f"{job.clips} × {job.clip_seconds:g} s",
-        }
-        if measurement.seconds:
-            cells["step ms: median (p10–p90)"] = spread(measurement.seconds)
-            cells["audio s per s"] = significant(measurement.rate)
-            for dtype in ("float32", "bf16"):
-                peer = peers.get((job.size, job.config._attn_implementation, dtype), float("nan"))
-                ratio = measurement.rate / peer
-                cells[f"× peer {dtype}"] = "–" if np.isnan(ratio) else significant(ratio)
-            cells["GFLOP per audio s"] = f"{measurement.flops / 1e9 / job.audio_seconds:.2f}"
-            cells["of matmul peak"] = f"{measurement.flops / measurement.median / peaks[job.dtype]:.0%}"
-            cells["peak MiB"] = f"{measurement.peak_mib:.0f}"
-            cells["of it the step"] = f"{measurement.peak_mib - measurement.baseline_mib:.0f}"
-        else:
-            cells["step ms: median (p10–p90)"] = measurement.error or "–"
-            cells |= dict.fromkeys(
-                ("audio s per s", "× peer float32", "× peer bf16", "GFLOP per audio s", "of matmul peak", "peak MiB"),
-                "–",
-            )
-            cells["of it the step"] = "–"
+    for found in models:
+        job = found.job
+        cells = {"model": job.model, "size": job.size, "objective": job.objective}
+        cells |= {name: found.about.get(name, "") for name in ("front end", "frames/s", "attention")}
+        cells["dtype"] = ("bf16 autocast" if job.dtype == "bf16" else job.dtype) + found.about.get("compiled", "")
+        cells["dropout"] = f"{job.config.hidden_dropout:g}"
+        cells["optimizer"] = "fused AdamW"
+        cells["clips"] = f"{job.clips} × {job.clip_seconds:g} s"
+        cells["step ms: median (p10–p90)"] = found.error or spread(found.seconds)
+        cells["audio s per s"] = significant(found.rate)
+        for dtype in sorted({dtype for *_, dtype in peers}, reverse=True):
+            peer = peers.get((job.size, job.config._attn_implementation, dtype))
+            cells[f"× peer {dtype}"] = "" if peer is None else significant(found.rate / peer.rate)
+        cells["GFLOP per audio s"] = significant(found.flops / 1e9 / job.audio_seconds)
+        cells["of matmul peak"] = f"{found.flops / found.median / peaks[job.dtype]:.0%}"
+        cells["peak MiB"] = f"{found.peak_mib:.0f}"
+        cells["of it the step's"] = f"{found.peak_mib - found.baseline_mib:.0f}"
         if not lines:
             lines += [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
         lines.append(f"| {' | '.join(cells.values())} |")
-    return lines
+    return [*lines, "", "matmul peak: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items())]
 
 
 def describe_machine(args: Arguments) -> str:
@@ -541,14 +588,19 @@ def describe_machine(args: Arguments) -> str:
 def main() -> None:
     (args,) = parse_arguments([Arguments], __doc__)
     print(describe_machine(args) + "\n", flush=True)
+    if args.growth:
+        sweeps = {}
+        for name, jobs in plan_growth(args).items():
+            jobs = matmul_jobs(replace(args, dtypes=args.dtypes[-1:])) + jobs
+            sweeps[name] = measure(jobs, args, read_clips(args, max(job.audio_seconds for job in jobs)))
+            print("\n".join([f"{name}:\n", *table(sweeps[name])]) + "\n", flush=True)
+        plot_growth(sweeps, args.plot_file)
+        return
     if args.quick:
         args.rounds = 2
     groups = plan(args)
     audio = read_clips(args, max(job.audio_seconds for jobs in groups for job in jobs))
-    measurements = [measurement for jobs in groups for measurement in measure(jobs, args, audio)]
-    peaks = matmul_peaks(measurements, args.device)
-    print("\n".join(table(measurements, peaks)))
-    print("\nmatmul peak: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items()))
+    print("\n".join(table([found for jobs in groups for found in measure(jobs, args, audio)])))
 
 
 if __name__ == "__main__":
