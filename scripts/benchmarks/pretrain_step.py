@@ -35,6 +35,7 @@ sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__fi
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils import flop_counter  # noqa: E402
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining  # noqa: E402
@@ -390,13 +391,20 @@ def ask(process, connection: Connection, measurement: Measurement):
     return answer
 
 
-def read_clips(args: Arguments, seconds: float) -> np.ndarray:
+def read_clips(corpus: Dataset, seconds: float) -> np.ndarray:
     """The clips of the corpus one after the other, from the start again where they run out, cut to `seconds`."""
-    corpus, joined = load_corpus(args.corpus), []
+    joined: list[np.ndarray] = []
     wanted = round(seconds * SAMPLING_RATE)
     while sum(map(len, joined)) < wanted:
         joined.append(read_audio(corpus[len(joined) % len(corpus)]["audio"], SAMPLING_RATE))
     return np.concatenate(joined)[:wanted]
+
+
+def reading_rate(corpus: Dataset, seconds: float = 600.0) -> float:
+    """Seconds of audio that one core decodes and resamples in a second."""
+    began = time.perf_counter()
+    read_clips(corpus, seconds)
+    return seconds / (time.perf_counter() - began)
 
 
 def config_of(args: Arguments, size: str, frame_rate: float, objective: dict, attention: str) -> SpeechCLConfig:
@@ -540,9 +548,9 @@ def table(measurements: list[Measurement]) -> list[str]:
     peers = {
         (found.job.size, found.job.config._attn_implementation, found.job.dtype): found
         for found in models
-        if found.job.model == PEER
+        if found.job.model == PEER and found.error is None
     }
-    lines = []
+    rows = []
     for found in models:
         job = found.job
         cells = {"model": job.model, "size": job.size, "objective": job.objective}
@@ -552,18 +560,24 @@ def table(measurements: list[Measurement]) -> list[str]:
         cells["optimizer"] = "fused AdamW"
         cells["clips"] = f"{job.clips} × {job.clip_seconds:g} s"
         cells["step ms: median (p10–p90)"] = found.error or spread(found.seconds)
-        cells["audio s per s"] = significant(found.rate)
-        for dtype in sorted({dtype for *_, dtype in peers}, reverse=True):
-            peer = peers.get((job.size, job.config._attn_implementation, dtype))
-            cells[f"× peer {dtype}"] = "" if peer is None else significant(found.rate / peer.rate)
-        cells["GFLOP per audio s"] = significant(found.flops / 1e9 / job.audio_seconds)
-        cells["of matmul peak"] = f"{found.flops / found.median / peaks[job.dtype]:.0%}"
-        cells["peak MiB"] = f"{found.peak_mib:.0f}"
-        cells["of it the step's"] = f"{found.peak_mib - found.baseline_mib:.0f}"
-        if not lines:
-            lines += [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
-        lines.append(f"| {' | '.join(cells.values())} |")
-    return [*lines, "", "matmul peak: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items())]
+        if found.error is None:
+            cells["audio s per s"] = significant(found.rate)
+            for dtype in sorted({dtype for *_, dtype in peers}, reverse=True):
+                peer = peers.get((job.size, job.config._attn_implementation, dtype))
+                cells[f"× peer {dtype}"] = "" if peer is None else significant(found.rate / peer.rate)
+            cells["GFLOP per audio s"] = significant(found.flops / 1e9 / job.audio_seconds)
+            cells["of matmul peak"] = f"{found.flops / found.median / peaks[job.dtype]:.0%}"
+            cells["peak MiB"] = f"{found.peak_mib:.0f}"
+            cells["of it the step's"] = f"{found.peak_mib - found.baseline_mib:.0f}"
+        rows.append(cells)
+    columns = max(rows, key=len)
+    return [
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+        *(f"| {' | '.join(cells.get(name, '') for name in columns)} |" for cells in rows),
+        "",
+        "matmul peak: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items()),
+    ]
 
 
 def describe_machine(args: Arguments) -> str:
@@ -588,19 +602,27 @@ def describe_machine(args: Arguments) -> str:
 def main() -> None:
     (args,) = parse_arguments([Arguments], __doc__)
     print(describe_machine(args) + "\n", flush=True)
+    corpus = load_corpus(args.corpus)
     if args.growth:
         sweeps = {}
         for name, jobs in plan_growth(args).items():
             jobs = matmul_jobs(replace(args, dtypes=args.dtypes[-1:])) + jobs
-            sweeps[name] = measure(jobs, args, read_clips(args, max(job.audio_seconds for job in jobs)))
+            sweeps[name] = measure(jobs, args, read_clips(corpus, max(job.audio_seconds for job in jobs)))
             print("\n".join([f"{name}:\n", *table(sweeps[name])]) + "\n", flush=True)
         plot_growth(sweeps, args.plot_file)
         return
     if args.quick:
         args.rounds = 2
     groups = plan(args)
-    audio = read_clips(args, max(job.audio_seconds for jobs in groups for job in jobs))
-    print("\n".join(table([found for jobs in groups for found in measure(jobs, args, audio)])))
+    audio = read_clips(corpus, max(job.audio_seconds for jobs in groups for job in jobs))
+    measurements = [found for jobs in groups for found in measure(jobs, args, audio)]
+    print("\n".join(table(measurements)))
+    fastest = max((found.rate for found in measurements if found.job.model == OURS and not found.error), default=0.0)
+    reading = reading_rate(corpus)
+    print(
+        f"\nThe fastest row takes {fastest / 3600:.2g} hours of audio per second. One core reads {reading / 3600:.2g} "
+        f"hours of {args.corpus} per second, so that the row takes {fastest / reading:.2g} cores for it."
+    )
 
 
 if __name__ == "__main__":
