@@ -88,7 +88,7 @@ class Arguments:
     turn_seconds: float = option(0.5, "Shortest turn; a model steps once at least.")
     compile: bool = option(False, "torch.compile both models, but for objectives that compare clips.")
     quick: bool = option(
-        False, "Two rounds, sizes but the first at the first frame rate, objectives but the first in the last dtype."
+        False, "One round, sizes but the first at the first frame rate, objectives but the first in the last dtype."
     )
     growth: bool = option(False, "Measure growth instead, in the last dtype.")
     plot_file: str = option("growth.png", "Where growth is drawn.")
@@ -612,15 +612,17 @@ def main() -> None:
         plot_growth(sweeps, args.plot_file)
         return
     if args.quick:
-        args.rounds = 2
+        args.rounds = 1
     groups = plan(args)
     audio = read_clips(corpus, max(job.audio_seconds for jobs in groups for job in jobs))
-    measurements = [found for jobs in groups for found in measure(jobs, args, audio)]
-    print("\n".join(table(measurements)))
+    measurements = []
+    for jobs in groups:
+        measurements += (measured := measure(jobs, args, audio))
+        print("\n".join(table(measured)) + "\n", flush=True)
     fastest = max((found.rate for found in measurements if found.job.model == OURS and not found.error), default=0.0)
     reading = reading_rate(corpus)
     print(
-        f"\nThe fastest row takes {fastest / 3600:.2g} hours of audio per second. One core reads {reading / 3600:.2g} "
+        f"The fastest row takes {fastest / 3600:.2g} hours of audio per second. One core reads {reading / 3600:.2g} "
         f"hours of {args.corpus} per second, so that the row takes {fastest / reading:.2g} cores for it."
     )
 
