@@ -64,7 +64,8 @@ def indexed_durations(
         _keys(index["name"], index["column"], index["size"], index["modified"]),
     )
     entries = index.take(places)
-    is_known = np.all([compute.list_value_length(entries[name]) == clips for name in ("seconds", "problem")], axis=0)
+    lengths = [compute.list_value_length(entries[name]).fill_null(-1).to_numpy() for name in ("seconds", "problem")]
+    is_known = (lengths[0] == clips) & (lengths[1] == clips)
     entries = entries.filter(pyarrow.array(is_known))
     rows = np.flatnonzero(np.repeat(is_known, clips))
     seconds, problems = np.full(len(audio), np.nan), {}
@@ -125,9 +126,9 @@ def _as_it_is(result):
 
 
 def _remember(audio, files: Files, clips, column: str, seconds, rows, problems: dict[int, str]) -> None:
-    """Add files to the index, but for those that others may yet make readable, and drop those that are gone."""
+    """Add files to the index, but for those that may yet become readable as they are, and drop those that are gone."""
     owners = np.repeat(np.arange(len(files)), clips)
-    is_sure = files.sizes >= 0
+    is_sure = (files.sizes >= 0) & ~np.asarray(compute.starts_with(files.names, "/"))
     for owner, row in zip(owners[np.isin(rows, list(problems))], sorted(problems)):
         is_sure[owner] &= _can_be_read(audio[row].as_py() or {})
     offsets = pyarrow.array(np.concatenate([[0], np.cumsum(clips)]), pyarrow.int32())
@@ -143,6 +144,8 @@ def _remember(audio, files: Files, clips, column: str, seconds, rows, problems: 
         ],
         schema=SCHEMA,
     ).filter(pyarrow.array(is_sure))
+    if not len(new):
+        return
     beside, in_cache = _places(files.folder)
     for place in (beside, in_cache):
         if place == beside and not _may_write(files.folder):
