@@ -97,7 +97,7 @@ def load_train_and_validation(
                 "name another source beside it that has a validation split"
             )
         else:
-            hashes = np.array([zlib.crc32(id.encode()) for id in corpus["id"][:]])
+            hashes = np.array([zlib.crc32(id.encode()) for id in column_of(corpus, "id").to_pylist()])
             held_out = hashes < max(validation_fraction * 2**32, hashes.min() + 1)
             if held_out.all():
                 held_out = hashes == hashes.min()
@@ -116,6 +116,12 @@ def load_train_and_validation(
 def corpus_splits(source: str) -> list[str]:
     """Names of the splits that a source has."""
     return _open(source, _Columns()).splits
+
+
+def column_of(rows: Dataset, name: str) -> pyarrow.ChunkedArray:
+    """A column of a corpus. (`rows[name]` looks at a corpus that rows were selected from row by row.)"""
+    column = rows.data.column(name)
+    return column if rows._indices is None else column.take(rows._indices.column(0))
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
     if "duration" not in rows.column_names:
         audio_column = columns.audio_column if source.values is None else ""
         rows = _measured(rows, files, clips, audio_column, source_name(source.name))
-    num_usable = len(rows) - _column(rows, "duration").null_count
+    num_usable = len(rows) - column_of(rows, "duration").null_count
     logger.info("%s, split %s: %d clips", source_name(source.name), split, num_usable)
     return rows
 
@@ -206,7 +212,7 @@ def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
 def _join(parts: list[Dataset], split: str, sources: list[str]) -> Dataset:
     """One corpus of several; clips that cannot be used are left out."""
     corpus = _with_unique_ids(concatenate_datasets(parts))
-    usable = np.flatnonzero(_column(corpus, "duration").is_valid())
+    usable = np.flatnonzero(column_of(corpus, "duration").is_valid())
     if len(usable) == 0:
         raise FileNotFoundError(
             f"no usable audio in split {split!r} of {', '.join(sources)}: see the skipped files above"
@@ -284,7 +290,7 @@ def _texts(dataset: Dataset, column: str) -> pyarrow.ChunkedArray:
     """A column as texts; null where there is none."""
     if column not in dataset.column_names:
         return pyarrow.chunked_array([pyarrow.nulls(len(dataset), pyarrow.string())])
-    values = _column(dataset, column)
+    values = column_of(dataset, column)
     if isinstance(dataset.features[column], ClassLabel):
         return pyarrow.array(dataset.features[column].names).take(values)
     if pyarrow.types.is_string(values.type) or pyarrow.types.is_integer(values.type):
@@ -296,7 +302,7 @@ def _trusted_durations(dataset: Dataset, audio_column: str) -> pyarrow.ChunkedAr
     """The column duration, if there is one and the headers of a few clips agree that it is in seconds."""
     if "duration" not in dataset.column_names:
         return None
-    column = _column(dataset, "duration")
+    column = column_of(dataset, "duration")
     if not (pyarrow.types.is_floating(column.type) or pyarrow.types.is_integer(column.type)):
         return None
     seconds = column.cast(pyarrow.float64())
@@ -320,7 +326,7 @@ def _trusted_durations(dataset: Dataset, audio_column: str) -> pyarrow.ChunkedAr
 
 def _with_unique_ids(rows: Dataset) -> Dataset:
     """Rows whose ids are all different: where they are not, their number is added."""
-    names = _column(rows, "id")
+    names = column_of(rows, "id")
     if compute.count_distinct(names).as_py() == len(names):
         return rows
     numbers = pyarrow.array(range(len(rows))).cast(pyarrow.string())
@@ -339,10 +345,6 @@ def _measured(rows: Dataset, files: Files, clips: np.ndarray, audio_column: str,
         for number in sorted(problems):
             logger.warning("skipped %s: %s", rows[number]["id"], problems[number])
     return _beside(rows, {"duration": pyarrow.array(seconds, from_pandas=True)})
-
-
-def _column(rows: Dataset, name: str) -> pyarrow.ChunkedArray:
-    return rows.select_columns(name).with_format("arrow")[:][name]
 
 
 def _table(columns: dict) -> Dataset:

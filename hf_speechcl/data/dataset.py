@@ -7,6 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .audio import AudioError, read_audio
+from .corpora import column_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class SpeechDataset(Dataset):
         min_seconds: float = 0.1,
     ):
         self.corpus, self.sampling_rate, self.seed = corpus, sampling_rate, seed
-        seconds = np.asarray(corpus["duration"][:], dtype=np.float64)
+        seconds = column_of(corpus, "duration").to_numpy()
         parts = np.ones(len(seconds), dtype=int) if max_seconds is None else np.ceil(seconds / max_seconds).astype(int)
         parts = np.where(seconds < min_seconds, 0, np.maximum(parts, 1))
         short = np.flatnonzero(parts == 0)
@@ -62,7 +63,9 @@ class SpeechDataset(Dataset):
         self.labels = np.arange(len(self.rows))
         self.has_labels = "label" in corpus.column_names
         if self.has_labels:
-            names = np.array(["" if name is None else name for name in corpus["label"][:]])[self.rows]
+            names = np.array(["" if name is None else name for name in column_of(corpus, "label").to_pylist()])[
+                self.rows
+            ]
             classes, labels = np.unique(names, return_inverse=True)
             self.labels = np.where(names == "", len(classes) + self.labels, labels)
 

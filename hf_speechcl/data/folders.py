@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -105,24 +106,28 @@ def list_files(path: Path, columns: tuple[str, ...] = (), required: tuple[str, .
     """
     if path.is_file():
         return _stat(path.parent, [path.name]), None
-    audio, parquet, metadata, suffixes = [], [], [], Counter()
-    for name, suffix, entry in _walk(path):
-        if suffix in AUDIO_SUFFIXES:
-            state = entry.stat()
-            audio.append((name, state.st_size, state.st_mtime_ns))
-        elif suffix == ".parquet":
-            parquet.append(name)
-        else:
-            suffixes[suffix or entry.name] += 1
-            if entry.name in METADATA_FILES:
-                metadata.append(name)
-    if parquet and not audio:
+    names, sizes, modified, parquet, metadata, suffixes = [], [], [], [], [], Counter()
+    for prefix, entries in _walk(path):
+        for entry in entries:
+            dot = entry.name.rfind(".")
+            suffix = entry.name[dot:].lower() if dot > 0 else ""
+            if suffix in AUDIO_SUFFIXES:
+                state = entry.stat()
+                names.append(prefix + entry.name)
+                sizes.append(state.st_size)
+                modified.append(state.st_mtime_ns)
+            elif suffix == ".parquet":
+                parquet.append(prefix + entry.name)
+            else:
+                suffixes[suffix or entry.name] += 1
+                if entry.name in METADATA_FILES:
+                    metadata.append(prefix + entry.name)
+    if parquet and not names:
         return _stat(path, parquet), None
     if parquet:
         logger.warning("%s holds audio files and parquet files: %s is not used", path.name, ", ".join(parquet[:3]))
-    names, sizes, modified = zip(*audio) if audio else ((), (), ())
     files = Files(path, pyarrow.array(names, pyarrow.string()), np.array(sizes, int), np.array(modified, int))
-    del audio, names, sizes, modified
+    del names, sizes, modified
     files, values = _with_metadata(files, metadata, columns, required)
     if len(files) == 0:
         found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
@@ -136,15 +141,19 @@ def list_files(path: Path, columns: tuple[str, ...] = (), required: tuple[str, .
     return files, values
 
 
-def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, str, os.DirEntry]]:
-    """(relative name, suffix, entry) of all files below a folder, sorted; links to folders are not followed."""
+def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, list[os.DirEntry]]]:
+    """All files below a folder, sorted, in runs of the same folder; links to folders are not followed."""
     with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: entry.name)
+        entries = sorted(entries, key=attrgetter("name"))
+    run = []
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
+            yield prefix, run
+            run = []
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
         elif entry.is_file() and not entry.name.startswith(INDEX_FILE):
-            yield prefix + entry.name, os.path.splitext(entry.name)[1].lower(), entry
+            run.append(entry)
+    yield prefix, run
 
 
 def _stat(folder: Path, names: list[str]) -> Files:
