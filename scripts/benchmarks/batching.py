@@ -76,12 +76,14 @@ def main() -> None:
             else:
                 kinds["by duration"] = DurationBatchSampler(durations, seconds)
             for kind, sampler in kinds.items():
-                print(
-                    f"| {Path(corpus).name} | {len(durations):,} | {durations.sum() / 3600:.1f} | {seconds:g} | {kind} | "
-                    + " | ".join(measure(durations, sampler, args.frame_rate))
-                    + " |",
-                    flush=True,
-                )
+                cells = [
+                    Path(corpus).name,
+                    f"{len(durations):,}",
+                    f"{durations.sum() / 3600:.1f}",
+                    f"{seconds:g}",
+                    kind,
+                ]
+                print(f"| {' | '.join(cells + measure(durations, sampler, args.frame_rate))} |", flush=True)
     time_set_up(args)
 
 

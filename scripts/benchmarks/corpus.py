@@ -4,8 +4,8 @@
 python scripts/benchmarks/corpus.py --rows 100 10000 1000000
 
 The corpora are made of clips of the embedded one and deleted afterwards: audio files (links, each with a name of its
-own) or parquet files (the shorter half of the clips). Every start is that of a training script, in a process of its own:
-imports, corpus and validation clips, data sets, sampler, first batch.
+own) or parquet files (the shorter half of the clips). Every start is that of a training script, in a process of its
+own: imports, corpus and validation clips, data sets, sampler, first batch.
 """
 
 import json
@@ -36,13 +36,16 @@ from hf_speechcl.data.folders import INDEX_FILE  # noqa: E402
 FILES_PER_FOLDER, ROWS_PER_FILE, NUM_CLIPS = 1000, 10_000, 200
 LAYOUTS = {"files": "Ogg files", "long": "Ogg files, clips joined by tens", "parquet": "parquet files"}
 START = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 began = time.perf_counter()
 from hf_speechcl.data import DurationBatchSampler, SpeechDataset
 from hf_speechcl.data.corpora import load_train_and_validation
 import hf_speechcl.training.pretrain
-marks = [time.perf_counter()]
-imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # of this program alone; ru_maxrss would include the one that started it
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+marks, imported = [time.perf_counter()], peak()
 corpora = load_train_and_validation(sys.argv[1])
 marks.append(time.perf_counter())
 clips = [SpeechDataset(corpus, 16000, max_seconds=15.0, min_seconds=0.4) for corpus in corpora]
@@ -53,7 +56,7 @@ samples = [clips[0][key]["input_values"] for key in next(iter(sampler))]
 marks.append(time.perf_counter())
 print(json.dumps({
     "seconds": [end - start for start, end in zip([began, *marks], marks)], "hours": clips[0].hours + clips[1].hours,
-    "imported": imported, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "imported": imported, "peak": peak(),
 }))
 """
 
