@@ -1,6 +1,6 @@
 """Batches of clips: of similar duration, filled to a number of seconds; or of several clips of each of some labels."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,8 +22,9 @@ class DurationBatchSampler(Sampler):
         shuffle: whether to shuffle; without, the batches run from long clips to short ones.
         rank, world_size: every rank gets each world_size-th batch. In training the first batches are repeated to give
             all ranks the same number; in evaluation (no shuffling) nothing is repeated.
-        tolerance: shortest clip of a bucket as a share of its longest, at most missing (0.1: clips of 9 to 10 s). A
-            bucket holds one full batch at least.
+        tolerance: shortest clip of a bucket as a share of its longest, at most missing (0.06: clips of 9.4 to 10 s).
+            Less makes less padding, and smaller buckets, whose clips meet again more often. A bucket holds one full
+            batch at least.
 
     Yields:
         Lists of keys (epoch, index) for `SpeechDataset`.
@@ -37,7 +38,7 @@ class DurationBatchSampler(Sampler):
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
-        tolerance: float = 0.1,
+        tolerance: float = 0.06,
         max_clips: int | None = None,
     ):
         if len(durations) == 0:
@@ -116,7 +117,8 @@ class LabelBatchSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        self.members = np.split(np.argsort(classes, kind="stable"), np.cumsum(counts)[:-1])
         if len(self.members) < 2:
             raise ValueError("all clips have the same label: there is nothing to compare them by")
         if clips_per_batch < 2 * clips_per_label:
@@ -139,14 +141,26 @@ class LabelBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         clips = [_forever(members, rng.spawn(1)[0]) for members in self.members]
-        queue: list[int] = []
+        queue: deque[int] = deque()
+        waiting: Counter[int] = Counter()
         drawn: Counter[int] = Counter()
         for batch in range(self.num_batches * self.world_size):
-            if len(set(queue)) < self.labels_per_batch:
-                queue += rng.permutation(len(clips)).tolist()
-            chosen = list(dict.fromkeys(queue))[: self.labels_per_batch]
+            if len(waiting) < self.labels_per_batch:
+                labels = rng.permutation(len(clips)).tolist()
+                queue.extend(labels)
+                waiting.update(labels)
+            chosen: dict[int, None] = {}
+            again = []
+            while len(chosen) < self.labels_per_batch:
+                label = queue.popleft()
+                if label in chosen:
+                    again.append(label)
+                chosen[label] = None
+            queue.extendleft(reversed(again))
             for label in chosen:
-                queue.remove(label)
+                waiting[label] -= 1
+                if not waiting[label]:
+                    del waiting[label]
             keys = []
             for index in [int(next(clips[label])) for label in chosen for _ in range(self.clips_per_label)]:
                 keys.append((self.epoch, index, drawn[index]) if drawn[index] else (self.epoch, index))

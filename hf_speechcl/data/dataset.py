@@ -7,6 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .audio import AudioError, read_audio, to_int16
+from .corpora import column_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +44,31 @@ class SpeechDataset(Dataset):
         min_seconds: float = 0.1,
     ):
         self.corpus, self.sampling_rate, self.seed = corpus, sampling_rate, seed
-        seconds = np.asarray(corpus["duration"], dtype=np.float64)
+        seconds = column_of(corpus, "duration").to_numpy()
         parts = np.ones(len(seconds), dtype=int) if max_seconds is None else np.ceil(seconds / max_seconds).astype(int)
         parts = np.where(seconds < min_seconds, 0, np.maximum(parts, 1))
-        if (parts == 0).any():
-            short = [corpus[int(row)]["id"] for row in np.flatnonzero(parts == 0)]
+        short = np.flatnonzero(parts == 0)
+        if len(short):
             logger.warning(
                 "%d of %d clips are shorter than %g s and left out: %s",
                 len(short),
                 len(parts),
                 min_seconds,
-                ", ".join(short[:20]) + (" …" if len(short) > 20 else ""),
+                ", ".join(corpus.select(short[:20])["id"]) + (" …" if len(short) > 20 else ""),
             )
         if not parts.any():
             raise ValueError(f"no clip is left of {len(seconds)}: all are shorter than min_seconds={min_seconds}")
         self.rows = np.repeat(np.arange(len(seconds)), parts)
         self.durations = np.repeat(seconds / np.maximum(parts, 1), parts)
-        self.starts = self.durations * np.concatenate([np.arange(count) for count in parts])
+        number_in_row = np.arange(len(self.rows)) - np.repeat(np.cumsum(parts) - parts, parts)
+        self.starts = self.durations * number_in_row
         self.whole = np.repeat(parts == 1, parts)
         self.labels = np.arange(len(self.rows))
         self.has_labels = "label" in corpus.column_names
         if self.has_labels:
-            names = np.array(["" if name is None else name for name in corpus["label"]])[self.rows]
+            names = np.array(["" if name is None else name for name in column_of(corpus, "label").to_pylist()])[
+                self.rows
+            ]
             classes, labels = np.unique(names, return_inverse=True)
             self.labels = np.where(names == "", len(classes) + self.labels, labels)
 

@@ -4,10 +4,19 @@ import csv
 import hashlib
 import json
 import logging
+import os
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +28,30 @@ SPLITS = {
 SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+INDEX_FILE = ".hf_speechcl-durations.parquet"  # see index.py
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of a folder, and what tells whether they have changed.
+
+    Attributes:
+        folder: where they are.
+        names: (N,) paths relative to the folder, strings.
+        sizes: (N,) bytes; -1 for a file that is not there.
+        modified: (N,) nanoseconds since 1970.
+    """
+
+    folder: Path
+    names: pyarrow.Array
+    sizes: np.ndarray
+    modified: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, numbers: np.ndarray) -> "Files":
+        return Files(self.folder, self.names.take(pyarrow.array(numbers)), self.sizes[numbers], self.modified[numbers])
 
 
 def is_local(source: str) -> bool:
@@ -47,82 +80,148 @@ def split_of(name: str) -> str:
     The first folder on the path that bears the name of a split decides; a parquet file is also judged by the
     beginning of its own name, as in `test-00000-of-00002.parquet`. What bears no such name is train.
     """
-    *folders, file = name.lower().split("/")
-    if file.endswith(".parquet"):
-        folders.append(re.split(r"[-_.]", file)[0])
-    return next((SPLIT_OF_NAME[folder] for folder in folders if folder in SPLIT_OF_NAME), "train")
+    folders, _, file = name.lower().rpartition("/")
+    return _split_of_folders(f"{folders}/{re.split(r'[-_.]', file)[0]}" if file.endswith(".parquet") else folders)
 
 
-def parquet_files(path: Path) -> list[str]:
-    """Relative names of the parquet files below a folder that holds no audio files, or the name of one such file."""
-    if path.is_file():
-        return [path.name]
-    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.parquet"))
-    if files and any(file.suffix.lower() in AUDIO_SUFFIXES for file in path.rglob("*")):
-        logger.warning("%s holds audio files and parquet files: %s is not used", path.name, ", ".join(files[:3]))
-        return []
-    return files
+@lru_cache(maxsize=1024)
+def _split_of_folders(folders: str) -> str:
+    return next((SPLIT_OF_NAME[folder] for folder in folders.split("/") if folder in SPLIT_OF_NAME), "train")
 
 
-def audio_files(
-    folder: Path, columns: tuple[str, ...] = (), required: tuple[str, ...] = ()
-) -> dict[str, dict[str, str | None]]:
-    """Relative names of all audio files below a folder, and of all that its metadata name.
+def list_files(path: Path, columns: tuple[str, ...] = (), required: tuple[str, ...] = ()) -> tuple[Files, dict | None]:
+    """What a source holds: the parquet files below a folder without audio files; one parquet file; or all audio files
+    below a folder and all that its metadata name.
 
     Args:
-        columns: columns of the metadata to return for every file, as texts; None where there is no value.
-        required: those of them without which the folder is refused.
+        columns: columns of the metadata to return for every audio file.
+        required: those of them without which a folder of audio files is refused.
+
+    Returns:
+        The files in order; and for audio files their columns, as texts, null where there is no value: {column: (N,)}.
 
     Raises:
         FileNotFoundError: there are none; the message says what there is.
         ValueError: metadata that cannot be read or lack a column, or required columns and no metadata.
     """
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    nothing = dict.fromkeys(columns)
-    values: dict[str, dict[str, str | None]] = {
-        file.relative_to(folder).as_posix(): nothing for file in files if file.suffix.lower() in AUDIO_SUFFIXES
-    }
-    metadata = [file for file in files if file.name in METADATA_FILES]
-    for file in metadata:
-        for entry in _read_metadata(file, ["file_name", *required]):
-            name = posixpath.normpath(posixpath.join(file.parent.relative_to(folder).as_posix(), entry["file_name"]))
-            values[name] = {column: None if entry.get(column) is None else str(entry[column]) for column in columns}
-    if not values:
-        suffixes = Counter(file.suffix.lower() or file.name for file in files)
+    if path.is_file():
+        return _stat(path.parent, [path.name]), None
+    names, sizes, modified, parquet, metadata, suffixes = [], [], [], [], [], Counter()
+    for prefix, entries in _walk(path):
+        for entry in entries:
+            dot = entry.name.rfind(".")
+            suffix = entry.name[dot:].lower() if dot > 0 else ""
+            if suffix in AUDIO_SUFFIXES:
+                state = entry.stat()
+                names.append(prefix + entry.name)
+                sizes.append(state.st_size)
+                modified.append(state.st_mtime_ns)
+            elif suffix == ".parquet":
+                parquet.append(prefix + entry.name)
+            else:
+                suffixes[suffix or entry.name] += 1
+                if entry.name in METADATA_FILES:
+                    metadata.append(prefix + entry.name)
+    if parquet and not names:
+        return _stat(path, parquet), None
+    if parquet:
+        logger.warning("%s holds audio files and parquet files: %s is not used", path.name, ", ".join(parquet[:3]))
+    files = Files(path, pyarrow.array(names, pyarrow.string()), np.array(sizes, int), np.array(modified, int))
+    del names, sizes, modified
+    files, values = _with_metadata(files, metadata, columns, required)
+    if len(files) == 0:
         found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
         expected = " ".join(sorted(AUDIO_SUFFIXES))
-        raise FileNotFoundError(f"no audio in {folder}: found {found}; expected {expected} or .parquet")
+        raise FileNotFoundError(f"no audio in {path}: found {found}; expected {expected} or .parquet")
     if required and not metadata:
         raise ValueError(
-            f"{folder} has no {' and '.join(required)}: expected {' or '.join(METADATA_FILES)} in it, with the columns "
+            f"{path} has no {' and '.join(required)}: expected {' or '.join(METADATA_FILES)} in it, with the columns "
             f"{', '.join(['file_name', *required])}"
         )
-    return values
+    return files, values
 
 
-def _read_metadata(file: Path, required: list[str]) -> list[dict]:
+def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, list[os.DirEntry]]]:
+    """All files below a folder, sorted, in runs of the same folder; links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        entries = sorted(entries, key=attrgetter("name"))
+    run = []
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield prefix, run
+            run = []
+            yield from _walk(entry.path, f"{prefix}{entry.name}/")
+        elif entry.is_file() and not entry.name.startswith(INDEX_FILE):
+            run.append(entry)
+    yield prefix, run
+
+
+def _stat(folder: Path, names: list[str]) -> Files:
+    sizes, modified = np.full((2, len(names)), -1)
+    for number, name in enumerate(names):
+        if (folder / name).is_file():
+            state = os.stat(folder / name)
+            sizes[number], modified[number] = state.st_size, state.st_mtime_ns
+    return Files(folder, pyarrow.array(names, pyarrow.string()), sizes, modified)
+
+
+def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], required: tuple[str, ...]):
+    """Audio files and those that metadata files name, with columns of the metadata; what is said last holds."""
+    named, values = [], {column: [] for column in columns}
+    for name in metadata:
+        folder = posixpath.dirname(name)
+        for entry in _read_metadata(files.folder / name, ["file_name", *required]):
+            named.append(posixpath.normpath(posixpath.join(folder, entry["file_name"])))
+            for column in values:
+                value = entry.get(column)
+                values[column].append(None if value is None else str(value))
+    known = pyarrow.array(named[::-1], pyarrow.string())
+    more = pyarrow.array(named, pyarrow.string()).unique()
+    more = more.filter(pyarrow.compute.invert(pyarrow.compute.is_in(more, files.names)))
+    if len(more):
+        others = _stat(files.folder, more.to_pylist())
+        files = Files(
+            files.folder,
+            pyarrow.concat_arrays([files.names, others.names]),
+            np.concatenate([files.sizes, others.sizes]),
+            np.concatenate([files.modified, others.modified]),
+        )
+    places = pyarrow.compute.index_in(files.names, known)
+    return files, {
+        column: pyarrow.array(texts[::-1], pyarrow.string()).take(places) for column, texts in values.items()
+    }
+
+
+def _read_metadata(file: Path, required: list[str]) -> Iterator[dict]:
     """Rows of a metadata file; a row that lacks something is named by its line."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            for number, entry in _csv_rows(file, lines) if file.suffix == ".csv" else _json_rows(file, lines):
+                for column in required:
+                    if not isinstance(entry, dict) or column not in entry:
+                        found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+                        raise ValueError(f"{file}, line {number}: no column {column!r}; it has {found}")
+                if not entry["file_name"]:
+                    raise ValueError(f"{file}, line {number}: file_name is empty")
+                yield entry
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from None
-    entries = []
-    if file.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        entries = [(reader.line_num, row) for row in reader]
-    else:
-        for number, line in enumerate(text.splitlines(), start=1):
+
+
+def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(lines)
+    for row in reader:
+        if None in row:
+            raise ValueError(
+                f"{file}, line {reader.line_num}: more fields than the header has; quote texts that hold commas"
+            )
+        yield reader.line_num, row
+
+
+def _json_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
             try:
-                entries += [(number, json.loads(line))] if line.strip() else []
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
-    for number, entry in entries:
-        if isinstance(entry, dict) and None in entry:
-            raise ValueError(f"{file}, line {number}: more fields than the header has; quote texts that hold commas")
-        for column in required:
-            if not isinstance(entry, dict) or column not in entry:
-                found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-                raise ValueError(f"{file}, line {number}: no column {column!r}; it has {found}")
-        if not entry["file_name"]:
-            raise ValueError(f"{file}, line {number}: file_name is empty")
-    return [entry for _, entry in entries]
