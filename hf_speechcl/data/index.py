@@ -85,7 +85,7 @@ def indexed_durations(
             measured, wrong = _measure(audio, rows, progress)
             seconds[rows] = measured
             problems |= wrong
-            _remember(audio, files.select(numbers), clips[numbers], column, measured, rows, wrong)
+            _remember(audio, files.select(numbers), files.names, clips[numbers], column, measured, rows, wrong)
     return seconds, problems
 
 
@@ -125,7 +125,9 @@ def _as_it_is(result):
     return result
 
 
-def _remember(audio, files: Files, clips, column: str, seconds, rows, problems: dict[int, str]) -> None:
+def _remember(
+    audio, files: Files, present: pyarrow.Array, clips, column: str, seconds, rows, problems: dict[int, str]
+) -> None:
     """Add files to the index, but for those that may yet become readable as they are, and drop those that are gone."""
     owners = np.repeat(np.arange(len(files)), clips)
     is_sure = (files.sizes >= 0) & ~np.asarray(compute.starts_with(files.names, "/"))
@@ -154,9 +156,10 @@ def _remember(audio, files: Files, clips, column: str, seconds, rows, problems: 
         is_replaced = compute.is_in(
             *(compute.binary_join_element_wise(part["name"], part["column"], "\0") for part in (old, new))
         )
+        is_present = compute.is_in(old["name"], present)
         is_kept = [
-            not replaced and (files.folder / name).exists()
-            for replaced, name in zip(is_replaced.to_pylist(), old["name"].to_pylist())
+            not replaced and (known or (files.folder / name).exists())
+            for replaced, known, name in zip(*(values.to_pylist() for values in (is_replaced, is_present, old["name"])))
         ]
         try:
             _write(pyarrow.concat_tables([old.filter(pyarrow.array(is_kept, pyarrow.bool_())), new]), place)
