@@ -159,7 +159,16 @@ def test_outputs_without_the_package_equal_those_with_it(ctc_folder, clips, tmp_
 
 
 def test_shipped_files_import_only_torch_and_transformers(ctc_folder):
-    allowed = {"math", "shutil", "pathlib", "torch", "transformers", "huggingface_hub", ".configuration_speechcl"}
+    allowed = {
+        "dataclasses",
+        "math",
+        "shutil",
+        "pathlib",
+        "torch",
+        "transformers",
+        "huggingface_hub",
+        ".configuration_speechcl",
+    }
     for name in ("configuration_speechcl.py", "modeling_speechcl.py"):
         lines = (ctc_folder / name).read_text().splitlines()
         imports = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
