@@ -10,8 +10,6 @@ batches (mean), and of the mean durations of batches, both as a share of that of
 of the mean duration of a batch with that of the one before it.
 """
 
-import os
-import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -21,10 +19,10 @@ from pathlib import Path
 sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
 from hf_speechcl.command_line import option, parse_arguments  # noqa: E402
 from hf_speechcl.data import DurationBatchSampler, SpeechDataset, load_corpus  # noqa: E402
+from hf_speechcl.machine import describe_machine  # noqa: E402
 
 LIBRISPEECH_CLIPS = 28_539  # of train-clean-100
 EPOCHS = 10
@@ -53,13 +51,7 @@ class Arguments:
 
 def main() -> None:
     (args,) = parse_arguments([Arguments], __doc__)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {processor}, {os.cpu_count()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, numpy {np.__version__}\n"
-    )
+    print(describe_machine("numpy") + "\n")
     print(
         "| corpus | clips | hours | seconds a batch | batches | wasted frames | clips a batch | together again "
         f"| partners in {EPOCHS} epochs | within | between | follows |"

@@ -10,28 +10,25 @@ own: imports, corpus and validation clips, data sets, sampler, first batch.
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 # Python puts this folder on its path, where evaluate.py would hide the package evaluate.
 sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
-import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import pyarrow  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 import soundfile  # noqa: E402
-import torch  # noqa: E402
 
 from hf_speechcl.command_line import option, parse_arguments  # noqa: E402
 from hf_speechcl.data import load_demo  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
 from hf_speechcl.data.folders import INDEX_FILE  # noqa: E402
+from hf_speechcl.machine import describe_machine  # noqa: E402
 
 FILES_PER_FOLDER, ROWS_PER_FILE, NUM_CLIPS = 1000, 10_000, 200
 LAYOUTS = {"files": "Ogg files", "long": "Ogg files, clips joined by tens", "parquet": "parquet files"}
@@ -77,14 +74,7 @@ class Arguments:
 
 def main() -> None:
     (args,) = parse_arguments([Arguments], __doc__)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {processor}, {os.cpu_count()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, datasets {datasets.__version__}, pyarrow {pyarrow.__version__}, "
-        f"soundfile {soundfile.__version__}\n"
-    )
+    print(describe_machine("datasets", "pyarrow", "soundfile") + "\n")
     print(
         "| corpus | clips | hours | index | imports s | corpus s | data sets s | sampler s | first batch s "
         "| start without imports s | peak MiB | of it imports MiB | index MiB |"

@@ -9,12 +9,10 @@ python scripts/benchmarks/data_path.py --corpus ../shared/data/pool --encoder ba
 """
 
 import copy
-import datetime
 import io
 import itertools
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,18 +23,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import accelerate
 import numpy as np
 import soundfile
 import soxr
 import torch
-import transformers
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_speechcl.command_line import option, parse_arguments
 from hf_speechcl.data import PretrainingCollator, SpeechDataset
 from hf_speechcl.data.audio import read_audio
 from hf_speechcl.data.collators import float_waveforms
+from hf_speechcl.machine import describe_machine
 from hf_speechcl.training.arguments import PretrainingDataArguments, PretrainingModelArguments, SpeechTrainingArguments
 from hf_speechcl.training.pretrain import build_trainer
 from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
@@ -207,8 +204,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.getLogger("hf_speechcl").setLevel(logging.WARNING)
     print(
-        f"{datetime.date.today()}, {processor()}, {args.threads} threads, Python {platform.python_version()}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}; "
+        f"{describe_machine('transformers', 'accelerate', device=args.device)}; "
         f"{' '.join(args.corpus)}, {args.encoder} {' '.join(args.encoder_options)}, {' '.join(args.objectives)}, "
         f"{'bf16 autocast' if args.bf16 else 'float32'}, {args.device}, {args.max_seconds_per_batch:g} s a batch\n"
     )
@@ -219,11 +215,6 @@ def main() -> None:
     rates_of_decoding(bench.train, args.decoded_seconds)
     if args.command:
         first_update(args)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def share_of_bare_step(bench: Bench) -> None:

@@ -17,10 +17,7 @@ and AdamW. SpeechCL sees log-mel frames and the peer learned convolutions of the
 different architectures with encoders of the same width, depth and heads.
 """
 
-import datetime
 import multiprocessing
-import os
-import platform
 import resource
 import sys
 import time
@@ -34,7 +31,6 @@ sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__fi
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils import flop_counter  # noqa: E402
@@ -49,6 +45,7 @@ from hf_speechcl import OBJECTIVES, SpeechCLConfig, SpeechDataset, load_corpus  
 from hf_speechcl.command_line import option, parse_arguments  # noqa: E402
 from hf_speechcl.configuration_speechcl import SIZES  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
+from hf_speechcl.machine import describe_machine  # noqa: E402
 from hf_speechcl.objectives import UtteranceObjective  # noqa: E402
 from hf_speechcl.pretraining import SpeechCLForPreTraining  # noqa: E402
 from hf_speechcl.training.arguments import PretrainingDataArguments, parse_config_options  # noqa: E402
@@ -580,28 +577,9 @@ def table(measurements: list[Measurement]) -> list[str]:
     ]
 
 
-def describe_machine(args: Arguments) -> str:
-    """Date, processor, threads and versions in one line."""
-    processor, flags = platform.processor(), ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {name.strip(): value.strip() for name, value in fields.items()}
-        processor = fields.get("model name", processor)
-        known = [name for name in ("avx512_bf16", "amx_bf16") if name in fields.get("flags", "").split()]
-        flags = f" with {' and '.join(known)}" if known else ""
-    if args.device == "cuda":
-        processor, flags = f"{torch.cuda.get_device_name()}; {processor}", ""
-    threads = args.threads or torch.get_num_threads()
-    return (
-        f"{datetime.date.today()}, {processor}{flags}, {threads} threads of {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-
-
 def main() -> None:
     (args,) = parse_arguments([Arguments], __doc__)
-    print(describe_machine(args) + "\n", flush=True)
+    print(describe_machine("transformers", device=args.device, threads=args.threads) + "\n", flush=True)
     corpus = load_corpus(args.corpus)
     if args.growth:
         sweeps = {}

@@ -14,7 +14,6 @@ import ctypes
 import gc
 import io
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ from hf_speechcl.ctc import build_processor  # noqa: E402
 from hf_speechcl.data import load_corpus  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
 from hf_speechcl.int8 import quantize_linear  # noqa: E402
+from hf_speechcl.machine import describe_machine  # noqa: E402
 from hf_speechcl.recognizer import SpeechRecognizer, check_dtype, find_device  # noqa: E402
 
 RATE = 16000
@@ -261,7 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker is not None:
         serve(args)
         return
-    print(describe_machine(args), flush=True)
+    machine = describe_machine("transformers", device=find_device(args.device), threads=args.threads)
+    print(f"{machine}; no dropout; median of {args.rounds} (lowest to highest)", flush=True)
     print(
         "\n| size | way | audio | model | front end | dtype | hours per hour | peak MiB (of the call) | "
         f"× {PEER} {args.peer_dtypes[0]} | × {PEER} in the same dtype |"
@@ -276,21 +277,6 @@ def main(argv: list[str] | None = None) -> None:
             print_case(size, case, workers, rounds)
         for worker in workers:
             worker.close()
-
-
-def describe_machine(args: Arguments) -> str:
-    """Date, processor, threads and versions."""
-    device = find_device(args.device)
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        processor = f"{names[0] if names else platform.machine()}, {args.threads} threads"
-    return (
-        f"{time.strftime('%Y-%m-%d')}, {processor}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}; no dropout; "
-        f"median of {args.rounds} (lowest to highest)"
-    )
 
 
 def print_case(size: str, case: Case, workers: list[Worker], rounds: list[list[dict]]) -> None:

@@ -1,0 +1,36 @@
+"""What a measurement was made on."""
+
+import datetime
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+MATRIX_FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")  # what decides how fast matrix products are
+
+
+def describe_machine(*packages: str, device: str | torch.device = "cpu", threads: int | None = None) -> str:
+    """Date, processor, threads and versions in one line.
+
+    Args:
+        packages: of which the versions are told, beside Python and torch.
+        device: of type cpu or cuda, on which it was measured.
+        threads: of torch; as it is set, by default.
+    """
+    processor = f"{_processor()}, {threads or torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    if torch.device(device).type == "cuda":
+        processor = f"{torch.cuda.get_device_name(device)}; {processor}"
+    versions = [f"{name} {version(name)}" for name in ("torch", *packages)]
+    return ", ".join([str(datetime.date.today()), processor, f"Python {platform.python_version()}", *versions])
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in cpuinfo.read_text().split("\n\n")[0].splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    flags = [name for name in MATRIX_FLAGS if name in fields.get("flags", "").split()]
+    return fields.get("model name", platform.machine()) + (f" with {', '.join(flags)}" if flags else "")
