@@ -416,6 +416,11 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             raise ValueError(
                 f"input_values must be (batch, samples) with samples > 0, found {tuple(input_values.shape)}"
             )
+        if not input_values.is_floating_point():
+            raise ValueError(
+                f"input_values must be floating point in [-1, 1], found {input_values.dtype}: divide 16-bit samples by "
+                "32768"
+            )
         frame_lengths = None
         if attention_mask is not None:
             sample_lengths = attention_mask.sum(-1)

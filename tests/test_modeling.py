@@ -12,6 +12,7 @@ from hf_speechcl import (
     SpeechCLModel,
 )
 from hf_speechcl.data.collators import pad_waveforms
+from hf_speechcl.modeling_speechcl import SpeechCLDropout
 from tests import reference
 from tests.conftest import SMALL_OBJECTIVES, TINY, make_batch, make_collator
 
@@ -134,6 +135,57 @@ def test_log_mel_of_a_cut_recording_equals_that_of_the_whole(config, clips):
     inner = torch.ones(frames.shape[1], dtype=torch.bool)
     inner[39:41] = False  # the two frames whose windows cross the cut
     torch.testing.assert_close(frames[:, inner], log_mel(whole)[:, inner])
+
+
+def test_samples_of_16_bits_are_refused_with_the_remedy(config):
+    with pytest.raises(ValueError, match="found torch.int16: divide 16-bit samples by 32768"):
+        SpeechCLModel(config)(torch.ones(1, 1600, dtype=torch.int16))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    states = torch.ones(400, 1001, requires_grad=True)
+    dropped = SpeechCLDropout(p)(states)
+    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
+    # Four standard deviations of a share of 400,400 draws.
+    assert abs((dropped == 0).float().mean() - p) < 4 * (p * (1 - p) / states.numel()) ** 0.5
+    dropped.sum().backward()
+    torch.testing.assert_close(states.grad, dropped.detach())
+
+
+def test_dropout_draws_anew_and_from_the_generator_of_torch():
+    states, layer = torch.ones(64, 63), SpeechCLDropout(0.3)
+    torch.manual_seed(1)
+    first, second = layer(states), layer(states)
+    torch.manual_seed(1)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, layer(states))
+    assert layer.eval()(states) is states
+
+
+def test_gradient_checkpointing_draws_the_same_dropout_twice(clips):
+    config = SpeechCLConfig(**{**TINY, "hidden_dropout": 0.2, "attention_dropout": 0.2}, sliding_window=6)
+    model, values = SpeechCLModel(config).train(), torch.from_numpy(clips[1])[None]
+    gradients = []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        model(values).last_hidden_state.square().sum().backward()
+        gradients.append(model.layers[0].attention.q_proj.weight.grad.clone())
+        model.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 6, 7, 12, 40])
+def test_local_attention_equals_full_attention_under_a_mask(num_frames):
+    config = SpeechCLConfig(**TINY, sliding_window=6)
+    model, values = SpeechCLModel(config).eval(), 0.1 * torch.randn(2, num_frames * 640)
+    outputs = []
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        outputs.append(model(values).last_hidden_state)
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
 
 def test_window_bounds_what_a_frame_sees(clips):

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AutoModel, Wav2Vec2Config, Wav2Vec2ForPreTraining, Wav2Vec2Model
 
 from hf_speechcl import OBJECTIVES, Objective, ObjectiveOutput, SpeechCLConfig, SpeechCLForPreTraining, SpeechCLModel
+from hf_speechcl.modeling_speechcl import SpeechCLLogMel
 from hf_speechcl.objectives.best_rq import BestRQ
 from hf_speechcl.objectives.wav2vec2 import Wav2Vec2Contrastive
 from hf_speechcl.pretraining import build_objective
@@ -172,6 +173,35 @@ def test_objectives_share_encoder_passes(pretraining_config, clips):
         ["attention_mask"],
         ["attention_mask", "log_mel_noise", "mask_feature_indices", "mask_time_indices"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("best_rq", "head"),
+        ("wav2vec2", "project_prediction"),
+        ("hubert", "project"),
+        ("data2vec", "head"),
+        ("masked_reconstruction", "head"),
+    ],
+)
+def test_heads_work_on_masked_frames_only(name, head, clips):
+    model = SpeechCLForPreTraining(SpeechCLConfig(**TINY, objectives={name: SMALL_OBJECTIVES[name]}))
+    rows = []
+    layer = getattr(model.objectives[name], head)
+    layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:-1]))
+    batch = make_batch(model, clips)
+    model(**batch)
+    assert rows == [batch["mask_time_indices"][batch["mask_time_indices"]].shape]
+
+
+@pytest.mark.parametrize("name", ["best_rq", "masked_reconstruction"])
+def test_model_and_targets_share_one_log_mel(name, clips, monkeypatch):
+    model = SpeechCLForPreTraining(SpeechCLConfig(**TINY, objectives={name: SMALL_OBJECTIVES[name]}))
+    calls, forward = [], SpeechCLLogMel.forward
+    monkeypatch.setattr(SpeechCLLogMel, "forward", lambda self, values: calls.append(self) or forward(self, values))
+    model(**make_batch(model, clips))
+    assert calls == [model.speechcl.log_mel]
 
 
 def test_masked_objectives_together_run_the_encoder_once(clips):
