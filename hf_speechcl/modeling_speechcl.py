@@ -59,45 +59,34 @@ class SpeechCLLogMel(nn.Module):
     def __init__(self, config: SpeechCLConfig):
         super().__init__()
         self.config = config
-        # No buffers: these would be cast with the weights, and are not saved.
-        self.transform, self.filters = self._constants()
-
-    def _constants(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Real and imaginary parts of the windowed, mean-free Fourier transform (frame_length, 2K), and the mel filters
-        (2K, num_mel_bins) of both, of the K frequencies that a filter reaches."""
-        config = self.config
-        n_fft = 2 ** math.ceil(math.log2(config.frame_length))
-        filters = torch.from_numpy(
-            mel_filter_bank(
-                num_frequency_bins=n_fft // 2 + 1,
-                num_mel_filters=config.num_mel_bins,
-                min_frequency=20.0,
-                max_frequency=config.sampling_rate / 2,
-                sampling_rate=config.sampling_rate,
-                mel_scale="kaldi",
-                triangularize_in_mel_space=True,
-            )
+        self.n_fft = 2 ** math.ceil(math.log2(config.frame_length))
+        # No buffers: these would be cast with the weights, and are not saved. The device is named, as models are also
+        # made without memory.
+        self.window = torch.hann_window(config.frame_length, periodic=False, dtype=torch.float32, device="cpu")
+        filters = mel_filter_bank(
+            num_frequency_bins=self.n_fft // 2 + 1,
+            num_mel_filters=config.num_mel_bins,
+            min_frequency=20.0,
+            max_frequency=config.sampling_rate / 2,
+            sampling_rate=config.sampling_rate,
+            mel_scale="kaldi",
+            triangularize_in_mel_space=True,
         )
-        in_double = {"dtype": torch.float64, "device": "cpu"}  # also where models are made without memory
-        reached = filters.any(1)
-        frequencies = torch.arange(n_fft // 2 + 1, **in_double)[reached]
-        angles = 2 * math.pi / n_fft * torch.outer(torch.arange(config.frame_length, **in_double), frequencies)
-        window = torch.hann_window(config.frame_length, periodic=False, **in_double)
-        transform = torch.cat((angles.cos(), angles.sin()), dim=1) * window[:, None]
-        transform = transform - transform.mean(0)  # of a frame less its mean
-        return transform.float(), filters[reached].repeat(2, 1).float()
+        self.filters = torch.from_numpy(filters).float()  # (n_fft / 2 + 1, num_mel_bins)
 
     @torch.no_grad()
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         """(B, S) waveform in [-1, 1] → (B, ceil(S / hop_length), num_mel_bins)."""
         hop, length = self.config.hop_length, self.config.frame_length
-        if self.transform.device != input_values.device:
-            self.transform, self.filters = self.transform.to(input_values.device), self.filters.to(input_values.device)
+        if self.window.device != input_values.device:
+            self.window, self.filters = self.window.to(input_values.device), self.filters.to(input_values.device)
         with torch.autocast(input_values.device.type, enabled=False):
             left = (length - hop) // 2
             right = length - hop - left + -input_values.shape[-1] % hop
             frames = nn.functional.pad(input_values.float(), (left, right)).unfold(-1, length, hop)
-            energies = (frames @ self.transform).square_() @ self.filters
+            frames = (frames - frames.mean(-1, keepdim=True)).mul_(self.window)
+            spectrum = torch.fft.rfft(frames, n=self.n_fft)
+            energies = (spectrum.real.square() + spectrum.imag.square()) @ self.filters
             energies = energies.clamp_min_(self.config.log_mel_floor).log_()
             return energies.sub_(self.config.log_mel_mean).div_(self.config.log_mel_std)
 

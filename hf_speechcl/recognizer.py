@@ -78,7 +78,7 @@ def check_dtype(dtype: str, device: torch.device) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
     if dtype == "int8" and device.type != "cpu":
-        raise ValueError(f"dtype int8 is for the cpu, found device {device}: use bfloat16")
+        raise ValueError(f"dtype int8 is for the cpu, found device {device}: use bfloat16, or the device cpu")
 
 
 class SpeechRecognizer:

@@ -1,4 +1,8 @@
-"""What `torch.compile` rests on: whole graphs, and none made anew for batches of other shapes."""
+"""What `torch.compile` rests on: whole graphs, and none made anew for batches of other shapes.
+
+Of the objectives on frames cpc and data2vec are not here: their graphs are broken where frames are counted and where
+the teacher begins.
+"""
 
 import pytest
 import torch
@@ -23,8 +27,9 @@ def make_batches(model, clips, groups):
 @pytest.mark.parametrize("name", ["best_rq", "hubert", "wav2vec2", "denoising", "masked_reconstruction"])
 def test_compiled_steps_of_other_lengths_use_the_graphs_there_are(name, clips):
     torch._dynamo.reset()
-    config = SpeechCLConfig(**TINY, sliding_window=6, objectives={name: SMALL_OBJECTIVES[name]})
-    model = SpeechCLForPreTraining(config)
+    options = {**TINY, "hidden_dropout": 0.1, "attention_dropout": 0.1, "sliding_window": 6}
+    config = SpeechCLConfig(**options, objectives={name: SMALL_OBJECTIVES[name]})
+    model = SpeechCLForPreTraining(config).train()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
     graphs = []

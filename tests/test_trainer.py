@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForPreTraining, SpeechDataset, load_corpus
 from hf_speechcl.data import CTCCollator
 from hf_speechcl.data.audio import AudioError, read_audio, to_float32, to_int16
-from hf_speechcl.data.collators import float_clips
 from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
 from hf_speechcl.training.ctc_trainer import CTCTrainer, CTCTrainingArguments
+from hf_speechcl.training.pretrain import main as pretrain
 from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
 from hf_speechcl.training.trainer import ahead, find_checkpoint, keep_options
 from tests.conftest import FAST_RUN, ROOT, SMALL_OBJECTIVES, TINY, TINY_OPTIONS, make_collator, quieter, run_script
@@ -323,6 +323,28 @@ def test_run_killed_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(tm
     torch.testing.assert_close(again, whole, rtol=0, atol=0)
 
 
+def test_run_with_batches_made_ahead_resumes_within_an_epoch_and_ends_with_the_same_weights(tmp_path, monkeypatch):
+    """The thread that is for accelerators, here on a CPU, with validation while it still reads."""
+    begin = PretrainingTrainer.__init__
+
+    def begin_ahead(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self.makes_ahead = True
+
+    weights = {}
+    for run in ("plain", "ahead", "resumed"):
+        if run == "ahead":
+            monkeypatch.setattr(PretrainingTrainer, "__init__", begin_ahead)
+        command = pretraining_command(tmp_path / run, 9, "--save_steps", 5, "--eval_strategy", "steps")
+        command += ["--eval_steps", 2]
+        if run == "resumed":
+            command += ["--resume_from_checkpoint", tmp_path / "ahead" / "checkpoint-5"]
+        pretrain([str(part) for part in command])
+        weights[run] = load_file(tmp_path / run / "model.safetensors")
+    torch.testing.assert_close(weights["ahead"], weights["plain"], rtol=0, atol=0)
+    torch.testing.assert_close(weights["resumed"], weights["plain"], rtol=0, atol=0)
+
+
 def launch(script, *arguments):
     """Run a script on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -432,8 +454,11 @@ def test_the_trainer_reads_no_value_back_between_log_lines(corpus, tmp_path, mon
 
 def test_samples_of_16_bits_give_the_inputs_that_float32_gives(audio_folder, tmp_path):
     trainer = make_pretraining_trainer(load_corpus("demo", "validation"), tmp_path)
-    dataset = SpeechDataset(load_corpus(str(audio_folder)), 16000)
-    clips = [dataset[0, index] for index in range(4)]
+    corpus = load_corpus(str(audio_folder))
+    clips, floats = (
+        [SpeechDataset(corpus, 16000, in_16_bits=in_16_bits)[0, index] for index in range(4)]
+        for in_16_bits in (True, False)
+    )
     assert all(clip["input_values"].dtype == np.int16 for clip in clips)
     for options in ({"corrupt_input": True}, {"corrupt_input": False, "num_views": 2}):
         collate = replace(trainer.data_collator, view_augmentation=quieter, **options)
@@ -441,9 +466,9 @@ def test_samples_of_16_bits_give_the_inputs_that_float32_gives(audio_folder, tmp
         assert batch["input_values"].dtype == (torch.float32 if options["corrupt_input"] else torch.int16)
         assert batch["attention_mask"].dtype == torch.bool
         torch.testing.assert_close(
-            trainer._prepare_inputs(batch), trainer._prepare_inputs(collate(float_clips(clips))), rtol=0, atol=0
+            trainer._prepare_inputs(batch), trainer._prepare_inputs(collate(floats)), rtol=0, atol=0
         )
-    for clip, row in zip(clips, dataset.corpus):
+    for clip, row in zip(clips, corpus):
         assert (to_float32(clip["input_values"]) == read_audio(row["audio"], 16000)).all()
 
 

@@ -35,7 +35,9 @@ def _open(audio: dict[str, Any]) -> soundfile.SoundFile:
         raise AudioError("no such file") from None
     except soundfile.LibsndfileError as error:
         raise AudioError(f"not readable as audio: {error.error_string}") from None
-    except (OSError, TypeError) as error:
+    except OSError as error:
+        raise AudioError(f"cannot be read: {error.strerror}") from None
+    except TypeError as error:
         raise AudioError(f"not readable as audio: {error}") from None
 
 

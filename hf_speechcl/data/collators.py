@@ -40,14 +40,6 @@ def float_waveforms(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def float_clips(clips: list[dict]) -> list[dict]:
-    """Clips of a `SpeechDataset` with `input_values` float32, as a list."""
-    return [
-        clip if clip["input_values"] is None else clip | {"input_values": to_float32(clip["input_values"])}
-        for clip in clips
-    ]
-
-
 def stack_rows(rows: list[np.ndarray], width: int, fill=0) -> torch.Tensor:
     """Rows of different lengths as one tensor (B, width)."""
     stacked = np.full((len(rows), width), fill, dtype=rows[0].dtype)

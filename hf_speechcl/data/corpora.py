@@ -187,7 +187,7 @@ def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
     """Rows of a split of a source, with null for the duration of clips that cannot be used."""
     if source.files is None:
         rows = _standard_columns(_load_named(source.name, split), source.name, columns)
-        files, clips = _files_in_cache(rows), np.array([len(rows)])
+        files, clips = _files_in_cache(rows, split), np.array([len(rows)])
     elif split not in source.splits:
         raise ValueError(_no_split(source.name, split, source.splits))
     else:
@@ -244,10 +244,12 @@ def _load_named(name: str, split: str) -> Dataset:
         raise FileNotFoundError(f"no folder {name} here, and the Hub cannot be reached: {error}") from error
 
 
-def _files_in_cache(rows: Dataset) -> Files:
-    """Where `datasets` keeps the rows, as one file; a file that is not there for rows in memory."""
+def _files_in_cache(rows: Dataset, split: str) -> Files:
+    """Where `datasets` keeps the rows, as one file; a file that is not there for rows in memory and for slices of a
+    split, which are of the same file as the whole."""
     files = [Path(file["filename"]) for file in rows.cache_files] or [Path(datasets.config.HF_DATASETS_CACHE, "none")]
-    states = [file.stat() for file in files if file.exists()]
+    is_whole = re.fullmatch(r"[\w.-]+", split)
+    states = [file.stat() for file in files if is_whole and file.exists()]
     return Files(
         files[0].parent,
         pyarrow.array([files[0].name]),
@@ -292,7 +294,8 @@ def _texts(dataset: Dataset, column: str) -> pyarrow.ChunkedArray:
         return pyarrow.chunked_array([pyarrow.nulls(len(dataset), pyarrow.string())])
     values = column_of(dataset, column)
     if isinstance(dataset.features[column], ClassLabel):
-        return pyarrow.array(dataset.features[column].names).take(values)
+        known = compute.if_else(compute.greater_equal(values, 0), values, None)  # -1 stands for a label not known
+        return pyarrow.array(dataset.features[column].names).take(known)
     if pyarrow.types.is_string(values.type) or pyarrow.types.is_integer(values.type):
         return values.cast(pyarrow.string())
     return pyarrow.chunked_array([[None if value is None else str(value) for value in values.to_pylist()]])

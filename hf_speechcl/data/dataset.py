@@ -21,15 +21,16 @@ class SpeechDataset(Dataset):
         seed: of everything drawn for a clip.
         max_seconds: longer recordings are split into equal parts of at most this length; `None` leaves them whole.
         min_seconds: shorter clips are left out; how many is logged.
+        in_16_bits: give samples as int16, rounded, which is what training wants; otherwise as float32.
 
     Attributes:
         durations: (N,) seconds of every clip.
         labels: (N,) class of every clip, by the corpus' column label; a clip without one is a class of its own.
         has_labels: whether the corpus has that column.
 
-    `dataset[epoch, index]` is `{"index", "label", "seed": (seed, epoch, index), "input_values": (S,) int16}`. What is
-    drawn for a clip depends on its seed alone, not on the batch it is in. A clip that cannot be decoded, or holds only
-    zeros, is logged by name and comes with `input_values` None, for the collator to count and leave out.
+    `dataset[epoch, index]` is `{"index", "label", "seed": (seed, epoch, index), "input_values": (S,)}`. What is drawn
+    for a clip depends on its seed alone, not on the batch it is in. A clip that cannot be decoded, or holds only zeros, is
+    logged by name and comes with `input_values` None, for the collator to count and leave out.
     """
 
     decoded: dict[int, np.ndarray] | None = None
@@ -42,8 +43,9 @@ class SpeechDataset(Dataset):
         seed: int = 0,
         max_seconds: float | None = None,
         min_seconds: float = 0.1,
+        in_16_bits: bool = True,
     ):
-        self.corpus, self.sampling_rate, self.seed = corpus, sampling_rate, seed
+        self.corpus, self.sampling_rate, self.seed, self.in_16_bits = corpus, sampling_rate, seed, in_16_bits
         seconds = column_of(corpus, "duration").to_numpy()
         parts = np.ones(len(seconds), dtype=int) if max_seconds is None else np.ceil(seconds / max_seconds).astype(int)
         parts = np.where(seconds < min_seconds, 0, np.maximum(parts, 1))
@@ -94,13 +96,14 @@ class SpeechDataset(Dataset):
         self.decoded, self.bytes_left = {}, max_bytes
 
     def _samples(self, index: int) -> np.ndarray | None:
-        """A clip (S,) int16, or None, with a line in the log, if it is of no use."""
+        """A clip (S,), or None, with a line in the log, if it is of no use."""
         if self.decoded is not None and index in self.decoded:
             return self.decoded[index]
         row = self.corpus[int(self.rows[index])]
         duration = None if self.whole[index] else self.durations[index]
         try:
-            samples = to_int16(read_audio(row["audio"], self.sampling_rate, self.starts[index], duration))
+            samples = read_audio(row["audio"], self.sampling_rate, self.starts[index], duration)
+            samples = to_int16(samples) if self.in_16_bits else samples
             if not samples.any():
                 raise AudioError("digital silence")
         except AudioError as error:

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
+from huggingface_hub import constants
 from pyarrow import compute
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -38,6 +41,7 @@ SCHEMA = pyarrow.schema(
 VERSION = {b"hf_speechcl": b"durations 1"}  # to be raised when `read_duration` judges files in another way
 CLIPS_PER_TASK = 256
 CLIPS_WITHOUT_WORKERS = 4096  # fewer are measured before worker processes have begun
+SECONDS_TO_WRITE = 3600  # an unfinished index that is older was left behind by a process that was killed
 CLIPS_PER_WRITE = 100_000  # an interrupted start loses no more than this
 
 
@@ -90,12 +94,13 @@ def indexed_durations(
 
 
 def _measure(audio: pyarrow.ChunkedArray, rows: np.ndarray, progress: tqdm) -> tuple[np.ndarray, dict[int, str]]:
-    """Seconds of these rows, by processes, as libsndfile is called under the interpreter's lock."""
+    """Seconds of these rows, by processes: most of what a header costs is Python's, so threads gain nothing."""
     workers = {}
     if len(rows) >= CLIPS_WITHOUT_WORKERS and sys.platform == "linux":  # elsewhere they would need a copy of the audio
-        workers = {"num_workers": os.cpu_count(), "multiprocessing_context": "fork"}
+        workers = {"num_workers": len(os.sched_getaffinity(0)), "multiprocessing_context": "fork"}
     seconds, problems = [], {}
-    tasks = DataLoader(_Headers(audio, rows), batch_size=None, collate_fn=_as_it_is, **workers)
+    generator = torch.Generator()  # or it would draw from the one that weights are drawn from
+    tasks = DataLoader(_Headers(audio, rows), batch_size=None, collate_fn=_as_it_is, generator=generator, **workers)
     for measured, wrong in tasks:
         seconds.append(measured)
         problems |= wrong
@@ -130,9 +135,10 @@ def _remember(
 ) -> None:
     """Add files to the index, but for those that may yet become readable as they are, and drop those that are gone."""
     owners = np.repeat(np.arange(len(files)), clips)
-    is_sure = (files.sizes >= 0) & ~np.asarray(compute.starts_with(files.names, "/"))
+    is_inside = ~np.asarray(compute.match_substring_regex(files.names, r"^/|(^|/)\.\.(/|$)"))
+    is_sure = (files.sizes >= 0) & is_inside
     for owner, row in zip(owners[np.isin(rows, list(problems))], sorted(problems)):
-        is_sure[owner] &= _can_be_read(audio[row].as_py() or {})
+        is_sure[owner] &= _is_settled(audio[row].as_py() or {}, problems[row])
     offsets = pyarrow.array(np.concatenate([[0], np.cumsum(clips)]), pyarrow.int32())
     why = [problems.get(row) for row in rows.tolist()] if problems else [None] * len(rows)
     new = pyarrow.table(
@@ -168,16 +174,19 @@ def _remember(
             logger.warning("durations cannot be kept in %s: %s", place.name, error.strerror)
 
 
-def _can_be_read(audio: dict) -> bool:
-    """Whether the fault is in the clip itself, and not in where it is kept."""
+def _is_settled(audio: dict, problem: str) -> bool:
+    """Whether the fault is in the clip itself, where it is found again, and not in where it is kept."""
     if audio.get("bytes") is not None:
         return True
     try:
         with open(audio["path"], "rb") as file:
             file.read(1)
+        read_duration(audio)
+    except AudioError as error:
+        return str(error) == problem
     except (OSError, KeyError, TypeError):
-        return False
-    return True
+        pass
+    return False
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
@@ -187,8 +196,10 @@ def _places(folder: Path) -> tuple[Path, Path]:
 
 
 def _may_write(folder: Path) -> bool:
-    """Whether the owner of a folder wants it to be written; the superuser could in any case."""
-    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+    """Whether the owner of a folder wants it to be written (the superuser could in any case), and it is no download of
+    the Hub, in which a further file would be taken for damage."""
+    is_download = Path(constants.HF_HUB_CACHE).resolve() in folder.resolve().parents
+    return not is_download and bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 def _read(place: Path) -> pyarrow.Table:
@@ -209,6 +220,9 @@ def _read(place: Path) -> pyarrow.Table:
 def _write(index: pyarrow.Table, place: Path) -> None:
     """Put an index where readers and other writers find the old one or the new one, and nothing between."""
     place.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in place.parent.glob(f"{INDEX_FILE}.*"):
+        if time.time() - abandoned.stat().st_mtime > SECONDS_TO_WRITE:
+            abandoned.unlink(missing_ok=True)
     unfinished = place.with_name(f"{INDEX_FILE}.{uuid.uuid4().hex}")
     try:
         pyarrow.parquet.write_table(index.replace_schema_metadata(VERSION), unfinished, compression="zstd")

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.batching import DurationBatchSampler
-from ..data.collators import float_clips
 from ..data.dataset import SpeechDataset
 from ..recognizer import SpeechRecognizer
 from ..recordings import RecordingArguments
@@ -129,7 +128,7 @@ def transcribe(
         or holds digital silence, is logged and has None for text and snr.
     """
     state = PartialState()
-    dataset = SpeechDataset(corpus, recognizer.sampling_rate, min_seconds=0)
+    dataset = SpeechDataset(corpus, recognizer.sampling_rate, min_seconds=0, in_16_bits=False)
     names = corpus["id"][:]
     records = {} if log is None else dict(log.records)
     sampler = DurationBatchSampler(
@@ -140,7 +139,7 @@ def transcribe(
         world_size=state.num_processes,
     )
     left = [[key for key in batch if names[key[1]] not in records] for batch in sampler]
-    loader = DataLoader(dataset, batch_sampler=[batch for batch in left if batch], collate_fn=float_clips)
+    loader = DataLoader(dataset, batch_sampler=[batch for batch in left if batch], collate_fn=list)
     progress = tqdm(
         total=len(names),
         initial=len(records),

@@ -23,21 +23,24 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import soundfile
-import soxr
-import torch
-from transformers import PrinterCallback, TrainerCallback
+# Python puts this folder on its path, where evaluate.py would hide the package evaluate.
+sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
-from hf_speechcl.command_line import option, parse_arguments
-from hf_speechcl.data import PretrainingCollator, SpeechDataset
-from hf_speechcl.data.audio import read_audio
-from hf_speechcl.data.collators import float_waveforms
-from hf_speechcl.machine import describe_machine
-from hf_speechcl.training.arguments import PretrainingDataArguments, PretrainingModelArguments, SpeechTrainingArguments
-from hf_speechcl.training.pretrain import build_trainer
-from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
-from hf_speechcl.training.trainer import EpochDataLoader
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+import soxr  # noqa: E402
+import torch  # noqa: E402
+from transformers import PrinterCallback, TrainerCallback  # noqa: E402
+
+from hf_speechcl.command_line import option, parse_arguments  # noqa: E402
+from hf_speechcl.data import PretrainingCollator, SpeechDataset  # noqa: E402
+from hf_speechcl.data.audio import read_audio  # noqa: E402
+from hf_speechcl.data.collators import float_waveforms  # noqa: E402
+from hf_speechcl.machine import describe_machine  # noqa: E402
+from hf_speechcl.training.arguments import PretrainingDataArguments, PretrainingModelArguments, SpeechTrainingArguments  # noqa: E402
+from hf_speechcl.training.pretrain import build_trainer  # noqa: E402
+from hf_speechcl.training.pretraining_trainer import PretrainingTrainer  # noqa: E402
+from hf_speechcl.training.trainer import EpochDataLoader  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 2  # updates at the start of a run that are not timed

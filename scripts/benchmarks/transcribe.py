@@ -82,9 +82,11 @@ class Arguments:
         for name in ("rounds", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
-        for name in ("seconds", "batch_sizes", "peer_dtypes"):
-            if not getattr(self, name) or name != "peer_dtypes" and min(getattr(self, name)) <= 0:
+        for name in ("seconds", "batch_sizes"):
+            if not getattr(self, name) or min(getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        if not self.peer_dtypes:
+            raise ValueError("peer_dtypes must name one at least, which ratios are to")
 
 
 @dataclass
