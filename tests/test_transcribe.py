@@ -364,7 +364,9 @@ def test_posteriors_of_other_dtypes_are_near_those_of_float32(name, dtype, clips
 def test_unknown_precision_and_int8_on_an_accelerator_are_refused():
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, int8, found 'float16'"):
         ComputingArguments(device="cpu", dtype="float16")
-    with pytest.raises(ValueError, match="dtype int8 is for the cpu, found device cuda:1: use bfloat16"):
+    with pytest.raises(
+        ValueError, match="dtype int8 is for the cpu, found device cuda:1: use bfloat16, or the device cpu"
+    ):
         check_dtype("int8", torch.device("cuda:1"))
     for dtype in DTYPES:
         assert ComputingArguments(device="cpu", dtype=dtype).torch_device == torch.device("cpu")

@@ -29,8 +29,8 @@ class SpeechDataset(Dataset):
         has_labels: whether the corpus has that column.
 
     `dataset[epoch, index]` is `{"index", "label", "seed": (seed, epoch, index), "input_values": (S,)}`. What is drawn
-    for a clip depends on its seed alone, not on the batch it is in. A clip that cannot be decoded, or holds only zeros, is
-    logged by name and comes with `input_values` None, for the collator to count and leave out.
+    for a clip depends on its seed alone, not on the batch it is in. A clip that cannot be decoded, or holds only zeros,
+    is logged by name and comes with `input_values` None, for the collator to count and leave out.
     """
 
     decoded: dict[int, np.ndarray] | None = None
