@@ -61,7 +61,9 @@ def indexed_durations(
         (N,) seconds, and by their number what is wrong with clips that cannot be used, whose seconds are NaN.
     """
     if clips.sum() != len(audio):
-        raise ValueError(f"{files.folder} has changed while it was read: {len(audio)} clips, expected {clips.sum()}")
+        raise ValueError(
+            f"{files.folder} has changed while it was read: {len(audio)} clips, expected {clips.sum()}: start again"
+        )
     index = pyarrow.concat_tables([_read(place) for place in _places(files.folder)])
     places = compute.index_in(
         _keys(files.names, column, pyarrow.array(files.sizes), pyarrow.array(files.modified)),

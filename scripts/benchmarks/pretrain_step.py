@@ -274,10 +274,15 @@ def build_ours(job: Job, clips: list[np.ndarray], args: Arguments):
     batch.pop("num_skipped")
     num_layers = len(model.speechcl.subsampling.layers)
     window = config.sliding_window
+    attention = config._attn_implementation
+    if attention == "sdpa" and window is not None:
+        attention = "in blocks"
+    elif attention == "sdpa" and args.device == "cpu" and config.attention_dropout:
+        attention = "in products"
     about = {
         "front end": f"log-mel {config.num_mel_bins}, {num_layers} convolutions of {config.conv_dim}",
         "frames/s": f"{config.sampling_rate / config.inputs_to_logits_ratio:g}",
-        "attention": f"{'all frames' if window is None else f'±{window} frames'}, {config._attn_implementation}",
+        "attention": f"{'all frames' if window is None else f'±{window} frames'}, {attention}",
     }
     return model, batch, about
 
@@ -510,6 +515,7 @@ def plot_growth(sweeps: dict[str, list[Measurement]], file: str) -> None:
             memories.plot(values, [found.peak_mib - found.baseline_mib for found in points], marker="o", label=size)
         times.set_title(name, fontsize="small")
         for axis in (times, memories):
+            axis.margins(y=0.1)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
             axis.legend()
