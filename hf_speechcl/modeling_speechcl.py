@@ -182,8 +182,8 @@ def attend(query, key, value, attention_mask, scaling, p, training) -> tuple[tor
 
 
 def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a mask is true, the lowest number elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    """0 where a mask is true, elsewhere a number so low that it leaves nothing, to which a score can still be added."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min / 2)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

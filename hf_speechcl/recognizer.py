@@ -35,6 +35,8 @@ SPEECH_TO_TEXT = {
     *MODEL_FOR_TDT_MAPPING_NAMES.values(),
     *MODEL_FOR_RNNT_MAPPING_NAMES.values(),
 }
+# Model types that read a clip in a padded batch as they read it alone.
+IGNORES_PADDING = {"speechcl", "wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "parakeet_ctc"}
 STRIDE_SECONDS = 4.0  # surroundings of a chunk, for models that attend to all of it
 BATCH_SECONDS = 15.0  # of short utterances of a recording, read together; more is slower on a CPU
 GROUP_SECONDS = 60.0  # of a recording are at hand to be batched by their length
@@ -106,10 +108,13 @@ class SpeechRecognizer:
             self.samples_per_frame = _samples_per_frame(model, feature_extractor)
             self.decoder = build_decoder(tokenizer, self.samples_per_frame / self.sampling_rate, decoding)
             self.shortest = _shortest(model, self.samples_per_frame)
-            # Group normalisation sees padding, and such models were trained on padding that they do not mask.
+            # Elsewhere a clip's posteriors depend on its padding, which adapters, some relative positions and group
+            # normalisation see; models with the latter were trained on padding that they do not mask.
             self.alone = (
-                not feature_extractor.return_attention_mask
+                model.config.model_type not in IGNORES_PADDING
+                or getattr(model.config, "add_adapter", False)
                 or getattr(model.config, "feat_extract_norm", None) == "group"
+                or not feature_extractor.return_attention_mask
             )
         else:
             if decoding.uses_beam:

@@ -12,7 +12,7 @@ from hf_speechcl import (
     SpeechCLModel,
 )
 from hf_speechcl.data.collators import pad_waveforms
-from hf_speechcl.modeling_speechcl import SpeechCLDropout
+from hf_speechcl.modeling_speechcl import SpeechCLDropout, attend
 from tests import reference
 from tests.conftest import SMALL_OBJECTIVES, TINY, make_batch, make_collator
 
@@ -186,6 +186,14 @@ def test_local_attention_equals_full_attention_under_a_mask(num_frames):
         model.set_attn_implementation(attention)
         outputs.append(model(values).last_hidden_state)
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_attention_of_a_frame_with_nothing_to_attend_to_is_finite(dtype):
+    states = torch.full((1, 1, 4, 8), 2.0, dtype=dtype)
+    for sign in (1, -1):
+        output, _ = attend(states, sign * states, states, torch.zeros(4, 4, dtype=torch.bool), 1.0, 0.0, False)
+        torch.testing.assert_close(output, states)
 
 
 def test_window_bounds_what_a_frame_sees(clips):

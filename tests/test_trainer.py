@@ -345,6 +345,17 @@ def test_run_with_batches_made_ahead_resumes_within_an_epoch_and_ends_with_the_s
     torch.testing.assert_close(weights["resumed"], weights["plain"], rtol=0, atol=0)
 
 
+def test_run_that_compares_clips_of_several_micro_batches_resumes_exactly(tmp_path):
+    command = ["--max_steps", 6, "--objectives", "info_nce=1", "--gradient_accumulation_steps", 2]
+    command += ["--encoder_options", *TINY_OPTIONS, "hidden_dropout=0.3", *FAST_RUN, "--save_strategy", "steps"]
+    for run, more in {"whole": ["--save_steps", 4], "resumed": []}.items():
+        if run == "resumed":
+            more = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-4"]
+        pretrain([str(part) for part in [*command, "--output_dir", tmp_path / run, *more]])
+    whole, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "resumed"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
 def launch(script, *arguments):
     """Run a script on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

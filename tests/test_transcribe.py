@@ -20,6 +20,8 @@ from transformers import (
     ParakeetFeatureExtractor,
     ParakeetForCTC,
     Wav2Vec2Config,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerForCTC,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
     WavLMConfig,
@@ -81,7 +83,11 @@ def tiny_recognizer(name: str) -> SpeechRecognizer:
         else:
             options |= LAYER_NORM
             features = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-        classes = {"hubert": (HubertForCTC, HubertConfig), "wavlm": (WavLMForCTC, WavLMConfig)}
+        classes = {
+            "hubert": (HubertForCTC, HubertConfig),
+            "wavlm": (WavLMForCTC, WavLMConfig),
+            "conformer": (Wav2Vec2ConformerForCTC, Wav2Vec2ConformerConfig),
+        }
         model_class, config_class = classes.get(name, (Wav2Vec2ForCTC, Wav2Vec2Config))
         model = model_class(config_class(**options))
     return SpeechRecognizer(model, features, processor.tokenizer)
@@ -105,7 +111,9 @@ def write(file, samples, rate=RATE):
     return str(file)
 
 
-@pytest.mark.parametrize("name", ["speechcl", "wav2vec2 (layer)", "wav2vec2 (group)", "hubert", "wavlm", "parakeet"])
+@pytest.mark.parametrize(
+    "name", ["speechcl", "wav2vec2 (layer)", "wav2vec2 (group)", "hubert", "wavlm", "parakeet", "conformer"]
+)
 def test_a_clip_in_a_batch_has_the_posteriors_and_the_text_it_has_alone(name, clips):
     recognizer = tiny_recognizer(name)
     clips = [clips[0], clips[2], np.zeros(0, np.float32), clips[1]]
@@ -154,13 +162,16 @@ def test_uncut_recording_has_the_words_of_the_whole_clip_at_any_rate_and_number_
 ):
     whole = np.concatenate(clips)
     chunks = RecordingArguments(pause_seconds=0, chunk_seconds=3)
-    (expected,) = recognizer.transcribe([whole])
-    assert recognizer.transcribe_recording(write(tmp_path / "a.wav", whole), chunks) == expected
+    mono = write(tmp_path / "a.wav", whole)
     stereo = write(tmp_path / "b.wav", np.stack([whole, whole], 1), 44100)
-    (expected,) = recognizer.transcribe([read_audio({"path": stereo}, RATE)])
-    found = recognizer.transcribe_recording(stereo, chunks)
-    assert found.text == expected.text
-    assert [word.start for word in found.words] == [word.start for word in expected.words]
+    for file in (mono, stereo):
+        (expected,) = recognizer.transcribe([read_audio({"path": file}, RATE)])
+        found = recognizer.transcribe_recording(file, chunks)
+        assert found.text == expected.text
+        assert found.confidence == pytest.approx(expected.confidence, rel=1e-3)
+        for word, other in zip(found.words, expected.words, strict=True):
+            assert (word.text, word.start, word.end) == (other.text, other.start, other.end)
+            assert word.confidence == pytest.approx(other.confidence, rel=1e-3)
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 48000])
@@ -380,7 +391,9 @@ def test_benchmark_measures_every_model_in_every_way_and_refuses_what_it_does_no
     options += ["--dtypes", "int8", "--peer_dtypes", "float32", "--threads", "1"]
     benchmark.main(options)
     first, _, *table = capsys.readouterr().out.splitlines()
-    assert re.match(r"\d{4}-\d\d-\d\d, .*, 1 threads, torch \S+, transformers \S+, Python \S+; no dropout", first)
+    assert re.match(
+        r"\d{4}-\d\d-\d\d, .*, 1 threads of \d+ cores, Python \S+, torch \S+, transformers \S+; no dropout", first
+    )
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert [(row[1], row[3], row[5]) for row in rows] == [
         (way, *model)

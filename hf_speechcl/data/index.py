@@ -5,6 +5,7 @@ and every other one is not opened again. The index lies in the folder of the cor
 in the cache folder of `datasets`. It may be deleted at any time.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -17,6 +18,7 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import soundfile
 import torch
 from huggingface_hub import constants
 from pyarrow import compute
@@ -38,7 +40,8 @@ SCHEMA = pyarrow.schema(
         ("problem", pyarrow.list_(pyarrow.string())),  # why not
     ]
 )
-VERSION = {b"hf_speechcl": b"durations 1"}  # to be raised when `read_duration` judges files in another way
+# What judged the files: the number is to be raised when `read_duration` judges in another way.
+VERSION = {b"hf_speechcl": f"durations 1, libsndfile {soundfile.__libsndfile_version__}".encode()}
 CLIPS_PER_TASK = 256
 CLIPS_WITHOUT_WORKERS = 4096  # fewer are measured before worker processes have begun
 SECONDS_TO_WRITE = 3600  # an unfinished index that is older was left behind by a process that was killed
@@ -223,8 +226,9 @@ def _write(index: pyarrow.Table, place: Path) -> None:
     """Put an index where readers and other writers find the old one or the new one, and nothing between."""
     place.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in place.parent.glob(f"{INDEX_FILE}.*"):
-        if time.time() - abandoned.stat().st_mtime > SECONDS_TO_WRITE:
-            abandoned.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process may have finished it meanwhile
+            if time.time() - abandoned.stat().st_mtime > SECONDS_TO_WRITE:
+                abandoned.unlink()
     unfinished = place.with_name(f"{INDEX_FILE}.{uuid.uuid4().hex}")
     try:
         pyarrow.parquet.write_table(index.replace_schema_metadata(VERSION), unfinished, compression="zstd")

@@ -88,6 +88,7 @@ class PretrainingTrainer(SpeechTrainer):
         self.cached: dict[str, CachedComparison] = {}
         self.random_states: list[RandomState] = []
         self.micro_batch = 0
+        self.uncached: list[dict] | None = None
         self.embedded: list[dict[str, dict[str, torch.Tensor]]] = []
         self.add_callback(AfterUpdate())
 
@@ -115,9 +116,15 @@ class PretrainingTrainer(SpeechTrainer):
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.micro_batch, self.num_micro_batches = 0, len(batches)
         self.cached, self.random_states = {}, []
-        if self.model.comparing and len(batches) > 1 and self.args.grad_cache:
-            self._cache_gradients(batches)
+        self.uncached = batches if self.model.comparing and len(batches) > 1 and self.args.grad_cache else None
         return batches, counts
+
+    def training_step(self, *args, **kwargs):
+        # Not earlier, as the generators that dropout draws from are restored between the batches and the first step.
+        if self.uncached is not None:
+            self._cache_gradients(self.uncached)
+            self.uncached = None
+        return super().training_step(*args, **kwargs)
 
     def _cache_gradients(self, batches: list[dict]) -> None:
         self.model.train()
