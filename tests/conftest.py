@@ -18,6 +18,7 @@ import hf_speechcl.hub
 from hf_speechcl import OBJECTIVES, SpeechCLConfig, load_corpus
 from hf_speechcl.data import PretrainingCollator
 from hf_speechcl.data.audio import read_audio
+from hf_speechcl.data.collators import float_waveforms
 from hf_speechcl.objectives import UtteranceObjective
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
 from hf_speechcl.training.pretrain import main as pretrain
@@ -162,9 +163,10 @@ def as_items(clips, labels=None):
 
 
 def make_batch(model, clips, labels=None, **options):
+    """A batch as the trainer gives it to the model."""
     batch = make_collator(model, **options)(as_items(clips, labels))
     batch.pop("num_skipped")
-    return batch
+    return float_waveforms(batch)
 
 
 @pytest.fixture
