@@ -124,7 +124,7 @@ def describe_chunks(config: SpeechCLConfig) -> str:
     if config.sliding_window is None:
         return "Long recordings: add `chunk_length_s=20`; the text may differ a little where chunks meet."
     frame = config.inputs_to_logits_ratio / config.sampling_rate
-    stride = math.ceil((config.num_hidden_layers * config.sliding_window + 2) * frame)
+    stride = math.ceil((config.layer_reach + 2) * frame)
     return (
         f"Long recordings: add `chunk_length_s={6 * stride}, stride_length_s={stride}`; a frame sees less than "
         f"{stride} s to either side, so the text is that of the whole recording (but for its last 20 ms, which the "
@@ -181,10 +181,12 @@ def describe_model(config: SpeechCLConfig, num_parameters: int) -> str:
     """One paragraph on the architecture."""
     frame = 1000 * config.inputs_to_logits_ratio / config.sampling_rate
     reach = "all frames" if config.sliding_window is None else f"{config.sliding_window} frames to either side"
+    kernel_size = config.conv_depthwise_kernel_size
+    convolution = "" if kernel_size is None else f", a convolution module of {kernel_size} frames"
     return (
         f"Log-mel ({config.num_mel_bins} bins), convolutional subsampling by {config.subsampling_factor} (a frame each "
         f"{frame:g} ms), pre-norm Transformer with rotary positions: {config.num_hidden_layers} layers of "
-        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}; {num_parameters / 1e6:.3g} "
+        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}{convolution}; {num_parameters / 1e6:.3g} "
         "million parameters."
     )
 

@@ -5,21 +5,24 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import strict
 
 # The small sizes, for little audio, attend to 0.64 s on either side in each layer; on the embedded corpus that lowered
-# the error rates, pre-trained or not, and it lets long recordings be transcribed in chunks exactly.
+# the error rates, pre-trained or not, and it lets long recordings be transcribed in chunks exactly. In place of half of
+# the feed-forward they have a convolution module, by which pre-training gains most (scripts/benchmarks/PROTOCOL.md).
 SIZES = {
     "tiny": {
         "hidden_size": 256,
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
-        "intermediate_size": 1024,
+        "intermediate_size": 512,
         "sliding_window": 16,
+        "conv_depthwise_kernel_size": 15,
     },
     "small": {
         "hidden_size": 384,
         "num_hidden_layers": 12,
         "num_attention_heads": 6,
-        "intermediate_size": 1536,
+        "intermediate_size": 768,
         "sliding_window": 16,
+        "conv_depthwise_kernel_size": 15,
     },
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
@@ -48,9 +51,11 @@ class SpeechCLConfig(PreTrainedConfig):
             projection and before the CTC or classification head.
         layerdrop: probability that a layer is bypassed in training (Fan et al. 2019, arXiv 1909.11556).
         sliding_window: encoder frames that attention reaches to either side; `None` for all. With a window, what a
-            frame sees is bounded by num_hidden_layers * sliding_window frames on either side: a recording transcribed
-            in chunks whose strides are longer gives exactly the text of the whole (but for its last half frame, which
-            transformers' pipeline may cut), and its length does not matter.
+            frame sees is bounded by `layer_reach` frames on either side: a recording transcribed in chunks whose
+            strides are longer gives exactly the text of the whole (but for its last half frame, which transformers'
+            pipeline may cut), and its length does not matter.
+        conv_depthwise_kernel_size: encoder frames, an odd number, that the convolution module of each layer covers
+            (Gulati et al. 2020, arXiv 2005.08100); `None` for layers without one.
         rope_theta: base of the rotary position frequencies (Su et al. 2021, arXiv 2104.09864).
         objectives: `{name: {"weight": float, option: value, …}}`, what `SpeechCLForPreTraining` trains with. The
             other classes keep it as a record of where the weights come from.
@@ -91,6 +96,7 @@ class SpeechCLConfig(PreTrainedConfig):
     final_dropout: float | int = 0.1
     layerdrop: float | int = 0.0
     sliding_window: int | None = None
+    conv_depthwise_kernel_size: int | None = None
     rope_theta: float | int = 10000.0
     layer_norm_eps: float | int = 1e-5
     initializer_range: float | int = 0.02
@@ -131,6 +137,9 @@ class SpeechCLConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be positive or None, found {self.sliding_window}")
+        kernel_size = self.conv_depthwise_kernel_size
+        if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
+            raise ValueError(f"conv_depthwise_kernel_size must be odd and positive, or None, found {kernel_size}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: expected one of {', '.join(ACT2FN)}")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -154,6 +163,13 @@ class SpeechCLConfig(PreTrainedConfig):
         ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), found {getattr(self, name)}")
+
+    @property
+    def layer_reach(self) -> int | None:
+        """Encoder frames to either side that the layers let a frame see; None for all."""
+        if self.sliding_window is None:
+            return None
+        return self.num_hidden_layers * (self.sliding_window + (self.conv_depthwise_kernel_size or 1) // 2)
 
     @property
     def inputs_to_logits_ratio(self) -> int:

@@ -289,20 +289,59 @@ class SpeechCLFeedForward(nn.Module):
         return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
 
 
+class SpeechCLConvolution(nn.Module):
+    """Convolution module: pointwise with a gated linear unit, depthwise over time, norm, activation, pointwise.
+
+    Source: Gulati et al. 2020, arXiv 2005.08100, section 2.2. Differs from it in a layer norm for the batch norm, so
+    that a clip does not depend on others.
+    """
+
+    def __init__(self, config: SpeechCLConfig):
+        super().__init__()
+        self.reach = config.conv_depthwise_kernel_size // 2
+        self.gate_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.depthwise = nn.Conv1d(
+            config.hidden_size, config.hidden_size, config.conv_depthwise_kernel_size, groups=config.hidden_size
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.activation = nn.SiLU()
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, frame_mask, causal):
+        """(B, T, H), (B, T) bool, false on padding, or None → (B, T, H)."""
+        hidden_states = nn.functional.glu(self.gate_proj(hidden_states), dim=-1)
+        if frame_mask is not None:
+            hidden_states = hidden_states * frame_mask[..., None]
+        around = (2 * self.reach, 0) if causal else (self.reach, self.reach)
+        hidden_states = nn.functional.pad(hidden_states.transpose(1, 2), around)  # (B, T, H) -> (B, H, T + K - 1)
+        hidden_states = self.depthwise(hidden_states).transpose(1, 2)
+        return self.out_proj(self.activation(self.norm(hidden_states)))
+
+
 class SpeechCLEncoderLayer(GradientCheckpointingLayer):
-    """Pre-norm Transformer layer: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """Pre-norm Transformer layer: x + attention(norm(x)), then x + feed-forward(norm(x)); between them, with
+    `conv_depthwise_kernel_size`, x + convolution(norm(x))."""
 
     def __init__(self, config: SpeechCLConfig):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = SpeechCLAttention(config)
+        self.convolution = None
+        if config.conv_depthwise_kernel_size is not None:
+            self.convolution_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.convolution = SpeechCLConvolution(config)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = SpeechCLFeedForward(config)
         self.dropout = SpeechCLDropout(config.hidden_dropout)
 
-    def forward(self, hidden_states, attention_mask, position_embeddings, **kwargs):
-        attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, position_embeddings, **kwargs)
+    def forward(self, hidden_states, attention_mask, position_embeddings, frame_mask, is_causal=False, **kwargs):
+        attended, _ = self.attention(
+            self.attention_norm(hidden_states), attention_mask, position_embeddings, is_causal=is_causal, **kwargs
+        )
         hidden_states = hidden_states + self.dropout(attended)
+        if self.convolution is not None:
+            local = self.convolution(self.convolution_norm(hidden_states), frame_mask, is_causal)
+            hidden_states = hidden_states + self.dropout(local)
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 
@@ -430,11 +469,11 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             hidden_states = torch.where(mask, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
 
         position_embeddings = rotary_embeddings(self.config, hidden_states)
-        attention_mask = self._layer_mask(hidden_states, attention_mask, causal)
-        if causal:
-            kwargs["is_causal"] = True
+        layer_mask = self._layer_mask(hidden_states, attention_mask, causal)
         for layer in self.layers:
-            output = layer(hidden_states, attention_mask, position_embeddings, **kwargs)
+            output = layer(
+                hidden_states, layer_mask, position_embeddings, frame_mask=attention_mask, is_causal=causal, **kwargs
+            )
             if self.training and self.config.layerdrop > 0:
                 # Bypassed rather than left out: every rank and every compiled graph sees the same parameters.
                 drop = torch.rand((), device=output.device) < self.config.layerdrop

@@ -288,8 +288,8 @@ class SpeechRecognizer:
         """Samples of a window and of its surroundings to either side."""
         if self.kind == "seq2seq":
             return math.ceil(chunk_seconds * self.sampling_rate), 0
-        if window := getattr(self.model.config, "sliding_window", None):
-            stride = self.model.config.num_hidden_layers * window + 2
+        if reach := getattr(self.model.config, "layer_reach", None):
+            stride = reach + 2
         else:
             stride = math.ceil(STRIDE_SECONDS * self.sampling_rate / self.samples_per_frame)
         seconds_per_frame = self.samples_per_frame / self.sampling_rate

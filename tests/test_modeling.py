@@ -44,14 +44,15 @@ def frame_outputs(model, clips, seeds):
 
 @pytest.mark.parametrize("model_class", CLASSES)
 @pytest.mark.parametrize("subsampling_factor", [2, 4, 8])
-@pytest.mark.parametrize("sliding_window", [None, 6])
-def test_clip_alone_equals_clip_in_padded_batch(model_class, subsampling_factor, sliding_window, clips):
+@pytest.mark.parametrize(("sliding_window", "kernel_size"), [(None, None), (6, None), (None, 5), (6, 5)])
+def test_clip_alone_equals_clip_in_padded_batch(model_class, subsampling_factor, sliding_window, kernel_size, clips):
     hubert = SMALL_OBJECTIVES["hubert"] | {"samples_per_unit": 160 * subsampling_factor}
     config = SpeechCLConfig(
         **TINY,
         objectives=SMALL_OBJECTIVES | {"hubert": hubert},
         subsampling_factor=subsampling_factor,
         sliding_window=sliding_window,
+        conv_depthwise_kernel_size=kernel_size,
     )
     model = model_class(config).eval()
     seeds = [(0, 0, number) for number in range(len(clips))]
@@ -196,14 +197,15 @@ def test_attention_of_a_frame_with_nothing_to_attend_to_is_finite(dtype):
         torch.testing.assert_close(output, states)
 
 
-def test_window_bounds_what_a_frame_sees(clips):
-    config = SpeechCLConfig(**TINY, sliding_window=3)
+@pytest.mark.parametrize("kernel_size", [None, 5])
+def test_window_and_convolution_bound_what_a_frame_sees(kernel_size, clips):
+    config = SpeechCLConfig(**TINY, sliding_window=3, conv_depthwise_kernel_size=kernel_size)
     model = SpeechCLModel(config).eval()
     values = torch.from_numpy(clips[4])[None, : 640 * 40]
     changed = values.clone()
     changed[:, : 640 * 10] = torch.randn(640 * 10) * 0.1
     before, after = model(values).last_hidden_state[0], model(changed).last_hidden_state[0]
-    reach = config.num_hidden_layers * config.sliding_window + 1  # and a frame of the convolutions
+    reach = config.layer_reach + 1  # and a frame of the subsampling
     torch.testing.assert_close(after[10 + reach :], before[10 + reach :])
     assert not torch.allclose(after[10 + reach - 3], before[10 + reach - 3])
 
@@ -318,7 +320,7 @@ def test_hidden_states_and_attentions_have_their_shapes(config, clips):
 def test_named_sizes_have_their_parameters(size):
     with torch.device("meta"):
         model = SpeechCLModel(SpeechCLConfig.from_size(size))
-    millions = {"tiny": 5, "small": 22, "base": 86, "large": 304}[size]
+    millions = {"tiny": 4.7, "small": 20, "base": 86, "large": 304}[size]
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.03)
 
 
@@ -330,6 +332,7 @@ def test_named_sizes_have_their_parameters(size):
         ("hop_length", 500, "hop_length"),
         ("ctc_loss_reduction", "none", "ctc_loss_reduction"),
         ("layerdrop", 1.5, "layerdrop"),
+        ("conv_depthwise_kernel_size", 4, "conv_depthwise_kernel_size must be odd"),
     ],
 )
 def test_impossible_configuration_is_refused_by_name(field, value, message):

@@ -246,8 +246,10 @@ def test_targets_stay_clean_when_the_input_is_corrupted(name, clips):
     hook.remove()
 
 
-def test_context_of_cpc_knows_nothing_of_the_future(config):
+@pytest.mark.parametrize("kernel_size", [None, 5])
+def test_context_of_cpc_knows_nothing_of_the_future(kernel_size):
     """Frame t of the causal encoder depends on the waveform up to what frame t covers, and on that too."""
+    config = SpeechCLConfig(**TINY, conv_depthwise_kernel_size=kernel_size)
     encoder = SpeechCLModel(config).eval()
     samples = torch.randn(1, 16000)
     frame, ratio = 7, config.inputs_to_logits_ratio
