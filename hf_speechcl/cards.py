@@ -186,8 +186,8 @@ def describe_model(config: SpeechCLConfig, num_parameters: int) -> str:
     return (
         f"Log-mel ({config.num_mel_bins} bins), convolutional subsampling by {config.subsampling_factor} (a frame each "
         f"{frame:g} ms), pre-norm Transformer with rotary positions: {config.num_hidden_layers} layers of "
-        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}{convolution}; {num_parameters / 1e6:.3g} "
-        "million parameters."
+        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}{convolution}; "
+        f"{num_parameters / 1e6:.3g} million parameters."
     )
 
 
