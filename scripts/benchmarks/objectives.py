@@ -1,71 +1,184 @@
-"""Trains every objective for some updates on the same corpus and encoder, and prints what each has learned."""
+#!/usr/bin/env python
+"""The controlled comparison of objectives: `python scripts/benchmarks/objectives.py --help`."""
 
 import argparse
-import json
-import subprocess
+import logging
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_speechcl import OBJECTIVES
+from chains import Chain, Comparison
+from comparison_report import write_report
+from recipes import build_recipe, read_config, same_in_both_tables
+from runs import Results
+from tiers import PHASES, TierData
+from transformers import HfArgumentParser
 
-SCRIPTS = Path(__file__).resolve().parents[1]
-DESCRIPTION = """Train every objective on the same corpus and encoder, and print a table.
+from hf_speechcl.command_line import option
 
-  The embedded corpus, 200 updates each:
-    python scripts/benchmarks/objectives.py --output_dir runs/objectives
-  Some objectives, with options that go on to scripts/pretrain.py:
-    python scripts/benchmarks/objectives.py --objectives best_rq cpc --output_dir runs/two --encoder small
+logger = logging.getLogger("objectives")
 
-What was trained already in the output folder is not trained again."""
+HERE = Path(__file__).resolve().parent
+TABLES = ("updates", "time")
+DESCRIPTION = """Pre-train, fine-tune and score every objective with the same encoder, data and updates, beside models
+from scratch; PROTOCOL.md says how. One row for every finished run in OUTPUT/results.parquet, and a report with plots.
 
+  One seed of the smallest tier within 25 minutes on two cores:
+    python scripts/benchmarks/objectives.py --quick True --jobs 2
+  What would be run, and for how long:
+    python scripts/benchmarks/objectives.py --tiers T1 --seeds 0 1 2 --dry_run True
+  Two arms on development sets; then everything on the test set:
+    python scripts/benchmarks/objectives.py --tiers T1 --arms best_rq scratch --phase dev
+    python scripts/benchmarks/objectives.py --tiers T1 --seeds 0 1 2 --jobs 2
+  Equal time instead of equal updates, once the table of equal updates is there; the report again:
+    python scripts/benchmarks/objectives.py --tiers T1 --seeds 0 1 2 --table time
+    python scripts/benchmarks/objectives.py --report_only True
 
-def run(script: str, *options: str) -> None:
-    subprocess.run([sys.executable, str(SCRIPTS / script), *map(str, options)], check=True)
-
-
-def train(name: str, folder: Path, corpus: list[str], options: list[str]) -> None:
-    if (folder / "results.json").is_file():
-        return
-    command = ["--objectives", f"{name}=1", "--corpus", *corpus, "--output_dir", folder, "--eval_on_start", "True"]
-    if name == "hubert":
-        units = folder.with_name("units")
-        run("make_units.py", "--corpus", *corpus, "--output_dir", units)
-        command += ["--units", units]
-    run("pretrain.py", *command, "--save_strategy", "no", *options)
+A run that was finished is not made again, one that was killed goes on from its last checkpoint."""
 
 
-def row(name: str, folder: Path) -> str:
-    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    first, *_, last = [entry for entry in log if "eval_loss" in entry]
-    seconds = next(entry["train_runtime"] for entry in log if "train_runtime" in entry)
-    accuracy = last.get(f"eval_{name}/accuracy")
-    chance = last.get(f"eval_{name}/chance")
-    return " | ".join(
-        [
-            f"| `{name}`",
-            f"{first['eval_loss']:.3f} → {last['eval_loss']:.3f}",
-            "" if accuracy is None else f"{accuracy:.3f}" + ("" if chance is None else f" (chance {chance:.3f})"),
-            f"{last['eval_guard/encoder_std']:.2f}, {last['eval_guard/encoder_rank']:.0f}",
-            ["healthy", "suspicious", "collapsed"][int(last["eval_guard/verdict"])],
-            f"{seconds:.0f} |",
-        ]
+@dataclass
+class ComparisonArguments:
+    config: str = option(str(HERE / "objectives.yaml"), "YAML file with tiers, arms and their options.")
+    data: str = option("../shared/data", "Folder with pool, phones_ru, prompts_en and queen_en.")
+    output_dir: str = option("runs/objectives", "Folder for everything; with quick its sub-folder quick.")
+    tiers: list[str] = option(["T1"], "Of those in the YAML.")
+    arms: list[str] = option([], "Of those in the YAML; all if not given.")
+    seeds: list[int] = option([0], "Of initialisation, batches and labelled clips.")
+    phase: str = option("final", "dev: development labels, scored on validation; final: scored on test.")
+    labels: list[str] = option([], "Label sizes of the phase, in minutes, or all; those in the YAML if not given.")
+    table: str = option("updates", "updates: as many for every arm; time: as long as the reference arm is trained.")
+    jobs: int = option(1, "Runs side by side, each with the threads of its tier.")
+    quick: bool = option(False, "The quick section of the YAML.")
+    dry_run: bool = option(False, "Print what would be run, and end.")
+    report_only: bool = option(False, "Write the report of what is there, and end.")
+
+    def __post_init__(self):
+        for name, known in (("phase", PHASES), ("table", TABLES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be positive, found {self.jobs}")
+
+
+def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path) -> list[Chain]:
+    """Every chain that was asked for, with the label sizes that are to be done.
+
+    Raises:
+        ValueError: a tier, an arm or a label size that the YAML does not have.
+    """
+    made = {row["run"] for row in rows}
+    chains = []
+    for tier in args.tiers:
+        if tier not in config["tiers"]:
+            raise ValueError(f"tiers: expected of {', '.join(config['tiers'])}, found {tier}")
+        known = list(map(str, config["tiers"][tier]["labels"][args.phase]))
+        sizes = args.labels or known
+        arms = args.arms or list(config["arms"])
+        for field_name, found, expected in (("labels", sizes, known), ("arms", arms, list(config["arms"]))):
+            if unknown := [name for name in found if name not in expected]:
+                raise ValueError(f"{field_name}: expected of {', '.join(expected)}, found {', '.join(unknown)}")
+        for seed in args.seeds:
+            for arm in arms:
+                recipe = build_recipe(config, tier, arm, sizes, args.quick)
+                if args.table == "time" and arm in same_in_both_tables(config):
+                    continue
+                name = f"seed{seed}-{recipe.pretraining_hash()}" + "-time" * (args.table == "time")
+                chain = Chain(recipe, seed, args.table, args.phase, output / "runs" / tier / arm / name, sizes)
+                chains.append(replace(chain, sizes=[size for size in sizes if chain.run_name(size) not in made]))
+    return chains
+
+
+def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | None:
+    """Of a chain on an idle machine: by what earlier runs of the arm took, else by the YAML; None if not known yet."""
+    recipe, tier = chain.recipe, config["tiers"][chain.recipe.tier]
+    if recipe.needs_rows or chain.table == "time":
+        return None
+    clock = "cpu" if tier["device"] == "cpu" else "wall"
+    same = [row for row in rows if row["tier"] == recipe.tier and row["arm"] == recipe.arm and row["updates"]]
+    per_update = dict(tier["seconds_per_update"])
+    if same:
+        per_update["pretraining"] = same[-1][f"pretraining_{clock}_seconds"] / same[-1]["updates"]
+    seconds = sum(float(stage["pretraining"].get("seconds", 0)) for stage in recipe.stages)
+    seconds += per_update["pretraining"] * (recipe.updates or 0)
+    seconds += per_update["finetuning"] * sum(recipe.finetuning[size]["max_steps"] for size in chain.sizes)
+    return seconds / 60
+
+
+def print_plan(chains: list[Chain], config: dict, rows: list[dict]) -> None:
+    """What is to be done, and how long it may take."""
+    print("| tier | arm | seed | updates | labels: updates | minutes |\n|---|---|---|---|---|---|")
+    total = 0.0
+    for chain in filter(lambda chain: chain.sizes, chains):
+        recipe, minutes = chain.recipe, estimate_minutes(chain, config, rows)
+        updates = "as long as others" if recipe.updates is None else recipe.updates
+        sizes = ", ".join(f"{size}: {recipe.finetuning[size]['max_steps']}" for size in chain.sizes)
+        shown = "by rows to come" if minutes is None else f"{minutes:.0f}"
+        print(f"| {recipe.tier} | {recipe.arm} | {chain.seed} | {updates} | {sizes} | {shown} |")
+        total += minutes or 0.0
+    left = sum(len(chain.sizes) for chain in chains)
+    print(f"\n{left} runs to be made, in {total:.0f} minutes of one process beside those that others' rows decide")
+
+
+def parse(argv: list[str] | None = None) -> ComparisonArguments:
+    parser = HfArgumentParser(
+        ComparisonArguments,
+        usage="%(prog)s [--OPTION VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    except ValueError as error:
+        parser.error(str(error))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES), metavar="NAME")
-    parser.add_argument("--corpus", nargs="+", default=["demo"], help="as for scripts/pretrain.py")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/objectives"))
-    parser.add_argument("--max_steps", default="200")
-    args, options = parser.parse_known_args()
-    for name in args.objectives:
-        train(name, args.output_dir / name, args.corpus, ["--max_steps", args.max_steps, *options])
-    print("| objective | validation loss | accuracy | encoder: std, effective rank | guard | seconds |")
-    print("|---|---|---|---|---|---|")
-    for name in args.objectives:
-        print(row(name, args.output_dir / name))
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    config, output = read_config(Path(args.config)), Path(args.output_dir)
+    if args.quick:
+        quick, output = config["quick"], output / "quick"
+        args = replace(args, tiers=[quick["tier"]], seeds=quick["seeds"], phase=quick["phase"])
+        args = replace(args, arms=args.arms or quick["arms"], labels=[str(size) for size in quick["labels"]])
+    results = Results(output / "results.parquet")
+    failed = 0
+    if not args.report_only:
+        chains = plan(args, config, results.rows(), output)
+        if args.dry_run:
+            print_plan(chains, config, results.rows())
+            return 0
+        data = {tier: TierData(tier, Path(args.data), output / "data") for tier in args.tiers}
+        for chain in chains:  # before any run, so that a size there is not is found at once
+            for size in chain.sizes:
+                data[chain.recipe.tier].labels(chain.phase, size, chain.seed)
+        failed = run_all(Comparison(config, data, results, args.quick), chains, args.jobs)
+    print(write_report(results.rows(), config, output))
+    if failed:
+        logger.error("%d runs failed: their ends are above; the same command goes on with them", failed)
+    return 1 if failed else 0
+
+
+def run_all(comparison: Comparison, chains: list[Chain], jobs: int) -> int:
+    """Run chains side by side, those last that are measured in the time of others; how many runs failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    waiting = [chain for chain in chains if chain.sizes]
+    failed = 0
+    for wave in (False, True):
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            chosen = [chain for chain in waiting if chain.recipe.needs_rows == wave]
+            failed += sum(pool.map(comparison.run, chosen))
+        except BaseException:
+            comparison.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Chains of the comparison: a pre-training and what is fine-tuned from it, run and written into the results."""
+
+import datetime
+import json
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from recipes import Recipe, build_recipe, checksum, to_argv
+from runs import Processes, Results, RunError, commit, made_once, only_one, train
+from tiers import TierData
+
+from hf_speechcl.evaluation.asr import edit_counts
+from hf_speechcl.machine import describe_machine
+
+logger = logging.getLogger(__name__)
+
+PEER = "benchmarks/peer.py"
+
+
+@dataclass
+class Chain:
+    """A pre-training, and what is fine-tuned from it.
+
+    Attributes:
+        recipe: what is done.
+        seed: of all of it.
+        table, phase: see the options.
+        folder: where.
+        sizes: label sizes that have no row yet.
+    """
+
+    recipe: Recipe
+    seed: int
+    table: str
+    phase: str
+    folder: Path
+    sizes: list[str]
+
+    def run_name(self, size: str) -> str:
+        recipe = self.recipe
+        return f"{recipe.tier}/{recipe.arm}/{self.folder.name}/{self.phase}-{size}-{recipe.finetuning_hash(size)}"
+
+    def recipe_name(self, size: str) -> str:
+        return checksum([self.recipe.pretraining_hash(), self.recipe.finetuning_hash(size), self.table])
+
+
+class Comparison:
+    """Runs chains.
+
+    Args:
+        config: the YAML.
+        data: by tier.
+        results: where rows are added.
+        quick: whether the quick section of the YAML counts.
+    """
+
+    def __init__(self, config: dict, data: dict[str, TierData], results: Results, quick: bool = False):
+        self.config, self.data, self.results, self.quick = config, data, results, quick
+        self.processes = {tier: Processes(config["tiers"][tier]["threads"]) for tier in data}
+
+    def run(self, chain: Chain) -> int:
+        """Run a chain to its end; how many of its label sizes failed."""
+        left = len(chain.sizes)
+        try:
+            with only_one(chain.folder) as lock:
+                encoder, took = self._pretrain(chain, lock)
+                for size in chain.sizes:
+                    self._finetune(chain, size, encoder, took, lock)
+                    left -= 1
+                    logger.info("finished %s", chain.run_name(size))
+        except Exception as error:
+            logger.error(
+                "failed: %s seed %d, %d label sizes left. %s", chain.recipe.arm, chain.seed, left, error,
+                exc_info=not isinstance(error, RunError),
+            )  # fmt: skip
+        return left
+
+    def stop(self) -> None:
+        for processes in self.processes.values():
+            processes.stop()
+
+    def _on_cpu(self, chain: Chain) -> bool:
+        return self.config["tiers"][chain.recipe.tier]["device"] == "cpu"
+
+    def _train(self, chain: Chain, script: tuple[str, ...], folder: Path, options: dict, lock: int) -> dict:
+        shown = {"seed": chain.seed, "eval_strategy": "no", "disable_tqdm": True, "report_to": "none"}
+        if self._on_cpu(chain):
+            shown["use_cpu"] = True
+        if "max_steps" in options:
+            shown["logging_steps"] = max(1, options["max_steps"] // 50)
+        argv = [*script[1:], *to_argv({**options, **shown})]
+        return train(self.processes[chain.recipe.tier], script[0], folder, argv, self.config["save_steps"], lock)
+
+    def _pretrain(self, chain: Chain, lock: int) -> tuple[Path | None, dict]:
+        """The encoder's folder, None from scratch; and what it took."""
+        recipe, encoder = chain.recipe, None
+        took = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "audio_hours": 0.0, "resumed": False}
+        corpus = {"corpus": self.data[recipe.tier].unlabelled}
+        script = (PEER, "pretrain") if recipe.is_peer else ("pretrain.py",)
+        scale = self._scale(chain) if chain.table == "time" else 1.0
+        for number, stage in enumerate(recipe.stages, start=1):
+            options = {**stage["pretraining"], **corpus}
+            if options.get("seconds") == "reference":
+                options["seconds"] = self._kept(chain, "seconds", partial(self._reference_seconds, chain))
+            if "max_steps" in options:
+                options["max_steps"] = max(1, round(options["max_steps"] * scale))
+            done = []
+            if stage["units"] is not None:
+                folder = chain.folder / f"units{number}"
+                units = {**stage["units"], **corpus, "output_dir": str(folder), "seed": chain.seed}
+                units |= {"features": str(encoder)} if "layer" in units else {}
+                units |= {"device": "cpu"} if self._on_cpu(chain) else {}
+                make = partial(
+                    self.processes[recipe.tier].run, "make_units.py", to_argv(units), folder.with_suffix(".log"), lock
+                )
+                done.append(made_once(folder.with_suffix(".json"), make))
+                options["units"] = str(folder)
+            if stage["continues"]:
+                options["encoder"] = str(encoder)
+                options.pop("encoder_options", None)
+            encoder = chain.folder / f"stage{number}"
+            done.append(self._train(chain, script, encoder, options, lock))
+            for part in done:
+                took |= {name: value + (part.get(name) or 0) for name, value in took.items()}
+        return encoder, took
+
+    def _finetune(self, chain: Chain, size: str, encoder: Path | None, pretraining: dict, lock: int) -> None:
+        recipe, data = chain.recipe, self.data[chain.recipe.tier]
+        labels = data.labels(chain.phase, size, chain.seed)
+        options = {**recipe.finetuning[size], "corpus": [labels.corpus]}
+        if encoder is not None:
+            options["model"] = str(encoder)
+        else:
+            options["model"] = recipe.encoder["encoder"]
+            options["model_options"] = {**recipe.encoder.get("encoder_options", {}), **options.get("model_options", {})}
+        if recipe.takes_whole_budget:
+            options["max_steps"] = self._kept(
+                chain, f"{chain.phase}-{size}-updates", partial(self._whole_budget, chain, size)
+            )
+        options |= {"load_best_model_at_end": False}
+        folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
+        script = (PEER, "finetune") if recipe.is_peer else ("finetune_ctc.py",)
+        took = self._train(chain, script, folder, options, lock)
+        scores_file = folder.with_suffix(".scores.json")
+        source, split = labels.scored
+        scoring = {"model": str(folder), "corpus": [source], "split": split, "output_file": str(scores_file)}
+        scoring |= {"device": "cpu"} if self._on_cpu(chain) else {}
+        if not scores_file.is_file():
+            self.processes[recipe.tier].run("evaluate.py", to_argv(scoring), folder.with_suffix(".log"), lock)
+        scores = json.loads(scores_file.read_text(encoding="utf-8"))
+        validation = json.loads((folder / "results.json").read_text(encoding="utf-8")) if labels.held_out else {}
+        self.results.add(
+            {
+                "run": chain.run_name(size),
+                "recipe": chain.recipe_name(size),
+                "tier": recipe.tier,
+                "phase": chain.phase,
+                "table": chain.table,
+                "arm": recipe.arm,
+                "seed": chain.seed,
+                "labels": size,
+                "label_minutes": labels.minutes,
+                "options": recipe.to_json(size),
+                **{f"{name}{end}": scores[f"{name}{end}"] for name in ("cer", "wer") for end in ("", "_low", "_high")},
+                **clip_counts(scores["transcripts"]),
+                "validation_cer": validation.get("eval_cer"),
+                "validation_wer": validation.get("eval_wer"),
+                "loss_before": took["loss_before"],
+                "loss_last": took["loss_last"],
+                "updates": pretraining["updates"],
+                "audio_hours": pretraining["audio_hours"],
+                "pretraining_wall_seconds": pretraining["wall_seconds"],
+                "pretraining_cpu_seconds": pretraining["cpu_seconds"],
+                "finetuning_updates": took["updates"],
+                "finetuning_wall_seconds": took["wall_seconds"],
+                "finetuning_cpu_seconds": took["cpu_seconds"],
+                "resumed": bool(took["resumed"] or pretraining["resumed"]),
+                "parameters": took["parameters"],
+                "commit": commit(),
+                "machine": describe_machine("transformers", threads=self.config["tiers"][recipe.tier]["threads"]),
+                "finished": datetime.datetime.now(),
+            }
+        )
+        if not self.config["keep_models"]:
+            (folder / "model.safetensors").unlink()
+
+    def _kept(self, chain: Chain, name: str, measure) -> float:
+        """A number measured in rows once: it stays what it was when the chain began."""
+        return made_once(chain.folder / f"{name}.json", lambda: {"value": measure()})["value"]
+
+    def _mean_seconds(self, arm: str, chain: Chain, column: str, **same) -> float:
+        """Of rows in the table of equal updates, CPU time on a CPU and wall time elsewhere."""
+        column = f"{column}_{'cpu' if self._on_cpu(chain) else 'wall'}_seconds"
+        wanted = {"tier": chain.recipe.tier, "arm": arm, "table": "updates", **same}
+        rows = [row for row in self.results.rows() if all(row[name] == value for name, value in wanted.items())]
+        if not rows:
+            of = ", ".join(f"{name} {value}" for name, value in same.items())
+            raise RunError(
+                f"it is measured in the time that {arm} takes in {chain.recipe.tier} (table updates{', ' * bool(of)}"
+                f"{of}), which has no row in {self.results.file}: run --arms {arm} --table updates first"
+            )
+        newest = rows[-1]["recipe"]
+        seconds = [row[column] for row in rows if row["recipe"] == newest]
+        return sum(seconds) / len(seconds)
+
+    def _reference_seconds(self, chain: Chain) -> float:
+        return self._mean_seconds(self.config["reference_arm"], chain, "pretraining")
+
+    def _scale(self, chain: Chain) -> float:
+        own = partial(self._mean_seconds, chain.recipe.arm, chain, "pretraining")
+        return self._kept(chain, "scale", lambda: self._reference_seconds(chain) / own())
+
+    def _whole_budget(self, chain: Chain, size: str) -> int:
+        """Updates of fine-tuning that last as long as pre-training and fine-tuning of the others."""
+        same = {"phase": chain.phase, "labels": size}
+        finetuning = self._mean_seconds("scratch", chain, "finetuning", **same)
+        share = (finetuning + self._reference_seconds(chain)) / finetuning
+        scratch = build_recipe(self.config, chain.recipe.tier, "scratch", [size], self.quick)
+        return round(scratch.finetuning[size]["max_steps"] * share)
+
+
+def clip_counts(transcripts: list[dict]) -> dict[str, list]:
+    """Clips in the order of their ids, with their errors and lengths in characters and in words."""
+    transcripts = sorted(transcripts, key=lambda clip: clip["id"])
+    references, hypotheses = ([clip[name] for clip in transcripts] for name in ("reference", "hypothesis"))
+    counts: dict[str, list] = {"clips": [clip["id"] for clip in transcripts]}
+    for name, characters in (("cer", True), ("wer", False)):
+        edits, lengths = edit_counts(references, hypotheses, characters).T.tolist()
+        counts |= {f"{name}_edits": edits, f"{name}_lengths": lengths}
+    return counts

@@ -1,0 +1,2 @@
+def write_report(rows, config, output):
+    return "x"

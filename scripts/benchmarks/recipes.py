@@ -1,0 +1,173 @@
+"""The comparison's YAML → what is done for an arm: stages of pre-training, and fine-tuning by label size."""
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from tiers import PHASES, TIERS
+
+# Options of fine-tuning that the peer shares with all arms; the others are of SpeechCL, or its own.
+SHARED_WITH_PEER = ("max_steps", "max_seconds_per_batch", "bf16")
+ENCODER_OPTIONS = ("encoder", "encoder_options")
+KEYS = {
+    "config": {"reference_arm", "keep_models", "save_steps", "pretraining", "finetuning", "tiers", "arms", "quick"},
+    "tier": {"threads", "device", "scores", "labels", "seconds_per_update"}
+    | {"pretraining", "finetuning", "finetuning_by_labels"},
+    "arm": {"like", "about", "pretrained", "peer", "whole_budget", "stages", "tiers"}
+    | {"pretraining", "finetuning", "finetuning_by_labels"},
+    "stage": {"units", "share", "continues", "pretraining"},
+    "quick": {"tier", "seeds", "phase", "labels", "arms", "pretraining", "finetuning"},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done for one arm of a tier.
+
+    Attributes:
+        tier, arm: names.
+        stages: `{"units", "continues", "pretraining"}` each, in their order; none for an arm from scratch.
+        encoder: options of the encoder, for arms from scratch.
+        is_peer: whether peer.py trains it.
+        takes_whole_budget: whether it is fine-tuned for as long as others are pre-trained and fine-tuned.
+        finetuning: options by label size.
+    """
+
+    tier: str
+    arm: str
+    stages: list[dict]
+    encoder: dict
+    is_peer: bool
+    takes_whole_budget: bool
+    finetuning: dict[str, dict]
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether its length is measured in that of other runs."""
+        return self.takes_whole_budget or any(
+            stage["pretraining"].get("seconds") == "reference" for stage in self.stages
+        )
+
+    @property
+    def updates(self) -> int | None:
+        """Of pre-training, None where it is given as a time."""
+        return None if self.is_peer else sum(stage["pretraining"]["max_steps"] for stage in self.stages)
+
+    def pretraining_hash(self) -> str:
+        return checksum(self.stages or self.encoder)
+
+    def finetuning_hash(self, size: str) -> str:
+        return checksum([self.finetuning[size], self.takes_whole_budget])
+
+    def to_json(self, size: str) -> str:
+        """What the table of results keeps."""
+        return json.dumps({"stages": self.stages, "encoder": self.encoder, "finetuning": self.finetuning[size]})
+
+
+def read_config(file: Path) -> dict:
+    """The YAML, its names checked.
+
+    Raises:
+        ValueError: an unknown key, tier or arm, or one that is missing; says where.
+    """
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _check(config, "config", str(file))
+    for name, tier in config["tiers"].items():
+        _check(tier, "tier", f"tiers.{name}")
+        if name not in TIERS or set(tier["labels"]) != set(PHASES):
+            raise ValueError(f"tiers.{name}: expected one of {', '.join(TIERS)} with labels for {', '.join(PHASES)}")
+    for name, arm in config["arms"].items():
+        _check(arm, "arm", f"arms.{name}")
+        for number, stage in enumerate(arm.get("stages", [])):
+            _check(stage, "stage", f"arms.{name}.stages[{number}]")
+        if arm.get("like") is not None and arm["like"] not in config["arms"]:
+            raise ValueError(f"arms.{name}.like: there is no arm {arm['like']!r}")
+    _check(config["quick"], "quick", "quick")
+    if config["reference_arm"] not in config["arms"]:
+        raise ValueError(f"reference_arm: there is no arm {config['reference_arm']!r}")
+    return config
+
+
+def _check(found: dict, kind: str, where: str) -> None:
+    if unknown := sorted(set(found) - KEYS[kind]):
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected {', '.join(sorted(KEYS[kind]))}")
+
+
+def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: bool = False) -> Recipe:
+    """Options of one arm, later ones over earlier ones: of all, of the tier, of the arm (after the arm that it is
+    like), of the arm in this tier; with `quick` those of the quick run last. By label size within each."""
+    own = _inherited(config["arms"], arm)
+    is_peer = bool(own.get("peer"))
+    if is_peer and quick:
+        raise ValueError(f"quick.arms: {arm} is trained for a time, and the quick run has updates: leave it out")
+    of_all = [config, config["tiers"][tier]]
+    of_arm = [own, own.get("tiers", {}).get(tier, {}), *([config["quick"]] if quick else [])]
+
+    pretraining = _merge(*(layer.get("pretraining", {}) for layer in [*([] if is_peer else of_all), *of_arm]))
+    stages = []
+    for stage in (own.get("stages") or [{}]) if own.get("pretrained", True) else []:
+        options = _merge(pretraining, stage.get("pretraining", {}))
+        if not is_peer:
+            options["max_steps"] = max(1, round(pretraining["max_steps"] * stage.get("share", 1)))
+        stages.append({"units": stage.get("units"), "continues": bool(stage.get("continues")), "pretraining": options})
+    finetuning = {}
+    for size in sizes:
+        shared = _merge(*(_finetuning(layer, size) for layer in of_all))
+        if is_peer:
+            shared = {name: shared[name] for name in SHARED_WITH_PEER if name in shared}
+        finetuning[size] = _merge(shared, *(_finetuning(layer, size) for layer in of_arm))
+    encoder = {} if stages else {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
+    return Recipe(tier, arm, stages, encoder, is_peer, bool(own.get("whole_budget")), finetuning)
+
+
+def _finetuning(layer: dict, size: str) -> dict:
+    by_labels = {str(name): options for name, options in layer.get("finetuning_by_labels", {}).items()}
+    return _merge(layer.get("finetuning", {}), by_labels.get(size, {}))
+
+
+def same_in_both_tables(config: dict) -> set[str]:
+    """Arms that need no run of their own in the table of equal time: without pre-training, for a time as it is, and the
+    one that the time is of."""
+    own = {name: _inherited(config["arms"], name) for name in config["arms"]}
+    return {name for name, arm in own.items() if arm.get("peer") or not arm.get("pretrained", True)} | {
+        config["reference_arm"]
+    }
+
+
+def _inherited(arms: dict[str, dict], name: str) -> dict:
+    arm = arms[name]
+    if arm.get("like") is None:
+        return arm
+    like = _inherited(arms, arm["like"])
+    return _merge(like, {key: value for key, value in arm.items() if key != "like"})
+
+
+def _merge(*parts: dict) -> dict:
+    """Mappings within mappings are merged, everything else is replaced; null takes an option away."""
+    merged: dict = {}
+    for part in parts:
+        for name, value in part.items():
+            if isinstance(value, dict) and isinstance(merged.get(name), dict):
+                merged[name] = _merge(merged[name], value)
+            elif value is None:
+                merged.pop(name, None)
+            else:
+                merged[name] = copy.deepcopy(value)
+    return merged
+
+
+def to_argv(options: dict) -> list[str]:
+    """Options as they stand on the command line; a mapping is a list of NAME=VALUE."""
+    argv = []
+    for name, value in options.items():
+        if isinstance(value, dict):
+            value = [f"{key}={'null' if item is None else item}" for key, item in value.items()]
+        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def checksum(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
