@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from recipes import Recipe, build_recipe, checksum, to_argv
-from runs import Processes, Results, RunError, commit, made_once, only_one, train
 from tiers import TierData
 
 from hf_speechcl.evaluation.asr import edit_counts
 from hf_speechcl.machine import describe_machine
+from runs import Processes, Results, RunError, commit, made_once, only_one, train
 
 logger = logging.getLogger(__name__)
 
 PEER = "benchmarks/peer.py"
+TRAINER_OPTIONS = {"eval_strategy": "no", "disable_tqdm": True, "report_to": "none"}
 
 
 @dataclass
@@ -85,11 +86,9 @@ class Comparison:
         return self.config["tiers"][chain.recipe.tier]["device"] == "cpu"
 
     def _train(self, chain: Chain, script: tuple[str, ...], folder: Path, options: dict, lock: int) -> dict:
-        shown = {"seed": chain.seed, "eval_strategy": "no", "disable_tqdm": True, "report_to": "none"}
-        if self._on_cpu(chain):
-            shown["use_cpu"] = True
-        if "max_steps" in options:
-            shown["logging_steps"] = max(1, options["max_steps"] // 50)
+        shown = {"seed": chain.seed, **({"use_cpu": True} if self._on_cpu(chain) else {})}
+        if script != (PEER, "pretrain"):
+            shown |= TRAINER_OPTIONS | {"logging_steps": max(1, options["max_steps"] // 50)}
         argv = [*script[1:], *to_argv({**options, **shown})]
         return train(self.processes[chain.recipe.tier], script[0], folder, argv, self.config["save_steps"], lock)
 
@@ -139,7 +138,7 @@ class Comparison:
             options["max_steps"] = self._kept(
                 chain, f"{chain.phase}-{size}-updates", partial(self._whole_budget, chain, size)
             )
-        options |= {"load_best_model_at_end": False}
+        options["load_best_model_at_end"] = False
         folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
         script = (PEER, "finetune") if recipe.is_peer else ("finetune_ctc.py",)
         took = self._train(chain, script, folder, options, lock)

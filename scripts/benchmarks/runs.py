@@ -155,10 +155,9 @@ def train(processes: Processes, script: str, folder: Path, argv: list[str], save
 
 def _train(processes, script, folder, argv, save_steps, keep_open) -> dict:
     resumed_at = max((int(path.parent.name[11:]) for path in folder.glob("checkpoint-*/trainer_state.json")), default=0)
-    saving = ["--save_strategy", "steps", "--save_steps", str(save_steps), "--save_total_limit", "1"]
     took = processes.run(
         script,
-        [*argv, "--output_dir", str(folder), *saving, "--resume_from_checkpoint", "last"],
+        [*argv, "--output_dir", str(folder), "--save_steps", str(save_steps), "--resume_from_checkpoint", "last"],
         folder.with_suffix(".log"),
         keep_open,
     )
