@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from recipes import Recipe, build_recipe, checksum, to_argv
+from processes import Processes, Results, RunError, commit, made_once, only_one, train
+from recipes import Recipe, build_recipe, checksum, clock_of, to_argv
 from tiers import TierData
 
 from hf_speechcl.evaluation.asr import edit_counts
 from hf_speechcl.machine import describe_machine
-from runs import Processes, Results, RunError, commit, made_once, only_one, train
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class Comparison:
 
     def _mean_seconds(self, arm: str, chain: Chain, column: str, **same) -> float:
         """Of rows in the table of equal updates, CPU time on a CPU and wall time elsewhere."""
-        column = f"{column}_{'cpu' if self._on_cpu(chain) else 'wall'}_seconds"
+        column = f"{column}_{clock_of(self.config['tiers'][chain.recipe.tier])}_seconds"
         wanted = {"tier": chain.recipe.tier, "arm": arm, "table": "updates", **same}
         rows = [row for row in self.results.rows() if all(row[name] == value for name, value in wanted.items())]
         if not rows:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from recipes import same_in_both_tables
+from recipes import clock_of, same_in_both_tables
 
 from hf_speechcl.evaluation.asr import bootstrap_interval, resample
 
@@ -64,6 +64,9 @@ class Cell:
         return bootstrap_interval(self.counts(), RESAMPLES)
 
 
+Cells = dict[str, dict[str, Cell]]  # by arm, in the order of the YAML, and label size
+
+
 def has_converged(before: float | None, last: float | None) -> bool:
     """Whether the training loss hardly fell any more: its mean in the last fifth against that in the fifth before."""
     if before is None or last is None:
@@ -113,10 +116,8 @@ def minutes_needed(curve: list[tuple[float, float]], error: float) -> tuple[str,
     return ">", curve[-1][0]
 
 
-def collect(
-    rows: list[dict], config: dict, tier: str, phase: str, table: str, score: str
-) -> dict[str, dict[str, Cell]]:
-    """Cells by arm, in the order of the YAML, and label size: in each the newest recipe, one row for each seed."""
+def collect(rows: list[dict], config: dict, tier: str, phase: str, table: str, score: str) -> Cells:
+    """Of each cell the newest recipe, one row for each seed."""
     same = same_in_both_tables(config)
     chosen: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
@@ -124,7 +125,7 @@ def collect(
         if row["tier"] == tier and row["phase"] == phase and row["table"] in tables:
             chosen.setdefault((row["arm"], row["labels"]), []).append(row)
     order = {name: place for place, name in enumerate(config["arms"])}
-    cells: dict[str, dict[str, Cell]] = {}
+    cells: Cells = {}
     for arm, labels in sorted(chosen, key=lambda key: order.get(key[0], len(order))):
         found = chosen[arm, labels]
         by_seed = {row["seed"]: row for row in found if row["recipe"] == found[-1]["recipe"]}
@@ -132,13 +133,13 @@ def collect(
     return cells
 
 
-def sizes_of(cells: dict[str, dict[str, Cell]]) -> list[str]:
+def sizes_of(cells: Cells) -> list[str]:
     """Label sizes, fewest minutes first."""
     minutes = {size: cell.minutes for own in cells.values() for size, cell in own.items()}
     return sorted(minutes, key=minutes.get)
 
 
-def error_table(cells: dict[str, dict[str, Cell]]) -> list[str]:
+def error_table(cells: Cells) -> list[str]:
     """Rows of arms, columns of label sizes."""
     sizes = sizes_of(cells)
     best = {size: min(own[size].mean for own in cells.values() if size in own) for size in sizes}
@@ -173,7 +174,7 @@ def describe_reduction(found: dict) -> str:
     return f"{points(found['reduction'])}% [{points(found['high'])}, {points(found['low'])}]"
 
 
-def cost_table(cells: dict[str, dict[str, Cell]]) -> list[str]:
+def cost_table(cells: Cells) -> list[str]:
     """What the pre-training of each arm took, and what else its encoder is worth where that was measured."""
     lines = [
         "| arm | hours of audio seen | updates | pre-training, CPU minutes | wall minutes | parameters | "
@@ -201,7 +202,7 @@ def cost_table(cells: dict[str, dict[str, Cell]]) -> list[str]:
     return lines
 
 
-def needed_table(cells: dict[str, dict[str, Cell]]) -> list[str]:
+def needed_table(cells: Cells) -> list[str]:
     """Minutes of labels that scratch needs to match each arm at its smallest size."""
     if len(cells.get("scratch", {})) < 2:
         return []
@@ -218,8 +219,8 @@ def needed_table(cells: dict[str, dict[str, Cell]]) -> list[str]:
     return lines
 
 
-def plot(cells: dict[str, dict[str, Cell]], name: str, folder: Path, stem: str) -> list[str]:
-    """Error against labels, hours of audio seen and minutes of computing; the files' names."""
+def plot(cells: Cells, name: str, clock: str, folder: Path, stem: str) -> list[str]:
+    """Error against labels, hours of audio seen and minutes of computing (cpu or wall); the files' names."""
     colours = dict(zip(cells, plt.get_cmap("tab20").colors * (1 + len(cells) // 20)))
     files = []
 
@@ -253,7 +254,7 @@ def plot(cells: dict[str, dict[str, Cell]], name: str, folder: Path, stem: str) 
     size = sizes_of(cells)[0]
     for kind, column, scale, label in (
         ("hours", "audio_hours", 1.0, "hours of audio seen in pre-training"),
-        ("compute", "pretraining_cpu_seconds", 1 / 60, "CPU minutes of pre-training"),
+        ("compute", f"pretraining_{clock}_seconds", 1 / 60, f"minutes of pre-training, {clock} time"),
     ):
         figure, axes = plt.subplots(figsize=(7, 4.5))
         for arm, own in cells.items():
@@ -274,6 +275,7 @@ def write_report(rows: list[dict], config: dict, folder: Path) -> str:
     found = sorted({(row["tier"], row["phase"], row["table"]) for row in rows})
     for tier, phase, table in found:
         scores = config["tiers"][tier]["scores"]
+        clock = clock_of(config["tiers"][tier])
         scored = "test" if phase == "final" else "validation"
         parts.append(f"## {tier}, {scored}, equal {table}")
         for score in scores:
@@ -282,7 +284,7 @@ def write_report(rows: list[dict], config: dict, folder: Path) -> str:
             parts += ["\n".join([f"**{name[0].upper()}{name[1:]}**", "", *error_table(cells)])]
             if needed := needed_table(cells):
                 parts.append("\n".join(["Labels that scratch needs for the same error:", "", *needed]))
-            files = plot(cells, f"{name}, {scored}", folder, f"{tier}_{phase}_{table}_{score}")
+            files = plot(cells, f"{name}, {scored}", clock, folder, f"{tier}_{phase}_{table}_{score}")
             parts.append("\n".join(f"![{file}]({file})" for file in files))
         parts.append("\n".join(cost_table(cells)))
     if found:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from chains import Chain, Comparison
 from comparison_report import write_report
-from recipes import build_recipe, read_config, same_in_both_tables
-from runs import Results
+from processes import Results
+from recipes import build_recipe, clock_of, read_config, same_in_both_tables
 from tiers import PHASES, TierData
 from transformers import HfArgumentParser
 
@@ -96,11 +96,10 @@ def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | No
     recipe, tier = chain.recipe, config["tiers"][chain.recipe.tier]
     if recipe.needs_rows or chain.table == "time":
         return None
-    clock = "cpu" if tier["device"] == "cpu" else "wall"
     same = [row for row in rows if row["tier"] == recipe.tier and row["arm"] == recipe.arm and row["updates"]]
     per_update = dict(tier["seconds_per_update"])
     if same:
-        per_update["pretraining"] = same[-1][f"pretraining_{clock}_seconds"] / same[-1]["updates"]
+        per_update["pretraining"] = same[-1][f"pretraining_{clock_of(tier)}_seconds"] / same[-1]["updates"]
     seconds = sum(float(stage["pretraining"].get("seconds", 0)) for stage in recipe.stages)
     seconds += per_update["pretraining"] * (recipe.updates or 0)
     seconds += per_update["finetuning"] * sum(recipe.finetuning[size]["max_steps"] for size in chain.sizes)

@@ -128,6 +128,11 @@ def _finetuning(layer: dict, size: str) -> dict:
     return _merge(layer.get("finetuning", {}), by_labels.get(size, {}))
 
 
+def clock_of(tier: dict) -> str:
+    """What time is measured by: cpu, or wall where a GPU may compute."""
+    return "cpu" if tier["device"] == "cpu" else "wall"
+
+
 def same_in_both_tables(config: dict) -> set[str]:
     """Arms that need no run of their own in the table of equal time: without pre-training, for a time as it is, and the
     one that the time is of."""

@@ -1,0 +1,551 @@
+"""The comparison of objectives: its data, plan and report, and whole chains on a corpus made of the embedded clips."""
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from hf_speechcl import load_corpus
+from hf_speechcl.evaluation.evaluate import main as evaluate
+from hf_speechcl.training.finetune_ctc import main as finetune_ctc
+from hf_speechcl.training.make_units import main as make_units
+from hf_speechcl.training.pretrain import main as pretrain
+from tests.conftest import ROOT, TINY
+
+BENCHMARKS = ROOT / "scripts/benchmarks"
+YAML = BENCHMARKS / "objectives.yaml"
+MINUTES = "0.1"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The modules of the comparison, by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("tiers", "recipes", "processes", "chains", "comparison_report", "objectives", "peer")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with the columns of the real one, of short clips of the embedded corpus."""
+    folder = tmp_path_factory.mktemp("shared")
+    clips = [row for row in load_corpus("demo").to_list() if 0.6 < row["duration"] < 2.0 and len(row["text"]) > 3][:80]
+
+    def write(name, rows, **columns):
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        table = {key: [row[key] for row in rows] for key in ("audio", "text")}
+        table["id"] = [f"{name}/{row['id']}" for row in rows]
+        table["speaker"] = ["one"] * len(rows)
+        table["duration"] = pyarrow.array([row["duration"] for row in rows], pyarrow.float32())
+        pyarrow.parquet.write_table(pyarrow.table(table | columns), file)
+
+    def phones(rows):
+        return {
+            "phones": [["pau", *(letter * 2 for letter in row["text"].lower() if letter.isalpha())] for row in rows]
+        }
+
+    write("pool/train-0.parquet", clips[:12], source=["festvox-ru"] * 8 + ["other"] * 4)
+    write("phones_ru/train.parquet", clips[:60], **phones(clips[:60]))
+    write("phones_ru/test.parquet", clips[60:64], **phones(clips[60:64]))
+    for name in ("prompts_en", "queen_en"):
+        write(f"{name}/train.parquet", clips[:20])
+        write(f"{name}/validation.parquet", clips[64:70])
+        write(f"{name}/test.parquet", clips[70:])
+    return folder
+
+
+def ids(corpus, split="train"):
+    return pyarrow.parquet.read_table(f"{corpus}/{split}.parquet")["id"].to_pylist()
+
+
+def small_config(scripts, tmp_path, **changes):
+    """The YAML of the repository with models and lengths that take seconds."""
+    config = yaml.safe_load(YAML.read_text())
+    config["pretraining"] |= {"encoder_options": TINY, "bf16": False}
+    config["finetuning"] |= {"bf16": False, "learning_rate": 1e-3}
+    config["arms"]["scratch"].pop("finetuning")
+    config["arms"]["transformers_wav2vec2"]["pretraining"]["bf16"] = False
+    for name in ("T1", "T2", "T3"):
+        tier = config["tiers"][name]
+        tier |= {
+            "threads": 1,
+            "device": "cpu",
+            "labels": {"dev": [float(MINUTES), "all"], "final": [float(MINUTES), "all"]},
+        }
+        tier["pretraining"] = {"max_steps": 2, "max_seconds_per_batch": 6}
+        tier["finetuning"] = {"max_steps": 5, "max_seconds_per_batch": 6}
+        tier.pop("finetuning_by_labels", None)
+    config.update(changes)
+    file = tmp_path / "comparison.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return scripts.recipes.read_config(file), file
+
+
+# Data
+
+
+def test_phones_are_letters_in_the_order_of_their_symbols(scripts):
+    assert scripts.tiers.letters_of([["pau", "tt", "a"], ["a", "pau", "t"]]) == {"a": "a", "t": "b", "tt": "c"}
+    with pytest.raises(ValueError, match="phones: 59 different ones"):
+        scripts.tiers.letters_of([[str(number) for number in range(59)]])
+
+
+def test_first_tier_is_the_one_speaker_with_phones_as_text(scripts, data, tmp_path):
+    tier = scripts.tiers.TierData("T1", data, tmp_path)
+    (unlabelled,) = tier.unlabelled
+    assert len(ids(unlabelled)) == 8
+    labels = tier.labels("final", "all", 0)
+    assert labels.minutes * 60 == pytest.approx(sum(load_corpus(labels.corpus)["duration"]), rel=1e-6)
+    letters = json.loads((tmp_path / "T1/sources/phones.json").read_text())
+    source = pyarrow.parquet.read_table(data / "phones_ru/train.parquet").to_pylist()
+    phones = {row["id"]: row["phones"] for row in source}
+    for row in load_corpus(labels.corpus):
+        assert row["text"] == "".join(letters[phone] for phone in phones[row["id"]] if phone != "pau")
+
+
+def test_development_labels_hold_no_validation_clip_and_final_ones_are_of_all(scripts, data, tmp_path):
+    tier = scripts.tiers.TierData("T1", data, tmp_path)
+    dev, final = (tier.labels(phase, "all", 0) for phase in ("dev", "final"))
+    validation = ids(dev.corpus, "validation")
+    assert len(validation) == 40
+    assert not set(validation) & set(ids(dev.corpus))
+    assert set(ids(final.corpus)) == set(validation) | set(ids(dev.corpus))
+    assert dev.scored == (dev.corpus, "validation")
+    assert dev.held_out
+    assert final.scored[1] == "test"
+    assert not final.held_out
+
+
+def test_label_sets_are_drawn_by_seed_and_nested(scripts, data, tmp_path):
+    def drawn(folder, size, seed):
+        labels = scripts.tiers.TierData("T2", data, tmp_path / folder).labels("final", size, seed)
+        return ids(labels.corpus), labels.minutes
+
+    few, few_minutes = drawn("a", "0.1", 0)
+    more, _ = drawn("a", "0.2", 0)
+    assert set(few) < set(more)
+    assert few_minutes >= 0.1
+    assert drawn("b", "0.1", 0)[0] == few
+    assert drawn("a", "0.1", 1)[0] != few
+    with pytest.raises(ValueError, match="labels: 90 minutes were asked for and there are"):
+        drawn("a", "90", 0)
+
+
+def test_larger_tiers_take_their_audio_from_where_it_is(scripts, data, tmp_path):
+    tier = scripts.tiers.TierData("T3", data, tmp_path)
+    assert tier.unlabelled == [str(data / name) for name in ("pool", "prompts_en", "queen_en")]
+    assert tier.labels("final", "all", 0).corpus == str(data / "queen_en")
+    assert not (tmp_path / "T3").exists()
+
+
+def test_test_clips_in_the_pool_are_refused(scripts, data, tmp_path):
+    table = pyarrow.parquet.read_table(data / "phones_ru/test.parquet")
+    pool = pyarrow.parquet.read_table(data / "pool/train-0.parquet")
+    name = pool["id"][0].as_py()
+    mixed = tmp_path / "mixed"
+    (mixed / "phones_ru").mkdir(parents=True)
+    (mixed / "pool").symlink_to(data / "pool")
+    changed = table.set_column(table.column_names.index("id"), "id", pyarrow.array([name] * len(table)))
+    pyarrow.parquet.write_table(changed, mixed / "phones_ru/test.parquet")
+    (mixed / "phones_ru/train.parquet").symlink_to(data / "phones_ru/train.parquet")
+    with pytest.raises(ValueError, match="1 test clips of phones_ru are in the pool"):
+        scripts.tiers.TierData("T1", mixed, tmp_path / "out")
+    assert not (tmp_path / "out/T1/sources").exists()
+
+
+# Recipes and plan
+
+
+def test_options_of_an_arm_go_over_those_of_its_tier_and_of_all(scripts, tmp_path):
+    config, _ = small_config(scripts, tmp_path)
+    config["finetuning_by_labels"] = {"all": {"head_learning_rate": 7}}
+    config["arms"]["mine"] = {
+        "like": "best_rq",
+        "pretraining": {"objective_options": {"best_rq.num_codebooks": 2}, "mask_span": None},
+        "finetuning": {"learning_rate": 3},
+        "tiers": {"T1": {"finetuning": {"learning_rate": 4}}},
+    }
+    recipe = scripts.recipes.build_recipe(config, "T1", "mine", [MINUTES, "all"])
+    (stage,) = recipe.stages
+    options = stage["pretraining"]
+    assert options["objective_options"] == {"best_rq.num_codebooks": 2, "best_rq.codebook_size": 64}
+    assert options["max_steps"] == 2
+    assert "mask_span" not in options
+    assert recipe.finetuning[MINUTES]["learning_rate"] == recipe.finetuning["all"]["learning_rate"] == 4
+    assert recipe.finetuning["all"]["head_learning_rate"] == 7
+    assert recipe.finetuning[MINUTES]["head_learning_rate"] != 7
+    other = scripts.recipes.build_recipe(config, "T2", "mine", ["all"])
+    assert other.finetuning["all"]["learning_rate"] == 3
+
+
+def test_two_iterations_share_the_updates_of_one(scripts):
+    config = scripts.recipes.read_config(YAML)
+    one, two = (scripts.recipes.build_recipe(config, "T1", arm, ["3"]) for arm in ("hubert", "hubert_2"))
+    assert one.updates == two.updates
+    assert [stage["pretraining"]["max_steps"] / two.updates for stage in two.stages] == pytest.approx([0.4, 0.6])
+
+
+def test_every_arm_of_the_yaml_is_a_recipe_in_every_tier(scripts):
+    config = scripts.recipes.read_config(YAML)
+    for tier, options in config["tiers"].items():
+        for arm in config["arms"]:
+            for phase in ("dev", "final"):
+                sizes = list(map(str, options["labels"][phase]))
+                recipe = scripts.recipes.build_recipe(config, tier, arm, sizes)
+                assert all("max_steps" in recipe.finetuning[size] for size in sizes)
+    for arm in config["quick"]["arms"]:
+        recipe = scripts.recipes.build_recipe(config, "T1", arm, ["10"], quick=True)
+        assert recipe.updates in (0, config["quick"]["pretraining"]["max_steps"])
+
+
+def test_options_stand_on_the_command_line_as_the_scripts_read_them(scripts):
+    options = {"encoder_options": {"a": 1, "b": None}, "bf16": True, "corpus": ["x", "y"], "seed": 3}
+    expected = "--encoder_options a=1 b=null --bf16 True --corpus x y --seed 3"
+    assert scripts.recipes.to_argv(options) == expected.split()
+
+
+def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
+    with pytest.raises(ValueError, match=r"arms.x: unknown pretrainig"):
+        small_config(scripts, tmp_path, arms={"x": {"pretrainig": {}}})
+    with pytest.raises(ValueError, match="reference_arm: there is no arm 'y'"):
+        small_config(scripts, tmp_path, reference_arm="y")
+
+
+def plan(scripts, config, tmp_path, rows=(), **options):
+    args = scripts.objectives.ComparisonArguments(**options)
+    return scripts.objectives.plan(args, config, list(rows), tmp_path / "out")
+
+
+def test_plan_leaves_out_what_has_a_row_and_makes_what_changed_anew(scripts, tmp_path):
+    config, _ = small_config(scripts, tmp_path)
+    (chain,) = plan(scripts, config, tmp_path, arms=["best_rq"])
+    assert chain.sizes == [MINUTES, "all"]
+    rows = [{"run": chain.run_name("all")}]
+    (again,) = plan(scripts, config, tmp_path, rows, arms=["best_rq"])
+    assert again.sizes == [MINUTES]
+    assert again.folder == chain.folder
+    config["arms"]["best_rq"]["pretraining"]["mask_prob"] = 0.9
+    (changed,) = plan(scripts, config, tmp_path, rows, arms=["best_rq"])
+    assert changed.sizes == [MINUTES, "all"]
+    assert changed.folder != chain.folder
+
+
+def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_path):
+    config, _ = small_config(scripts, tmp_path)
+    arms = {chain.recipe.arm for chain in plan(scripts, config, tmp_path, table="time")}
+    left_out = {"scratch", "scratch_whole", "frozen_random", "log_mel", "best_rq", "transformers_wav2vec2"}
+    assert arms == set(config["arms"]) - left_out
+
+
+def test_plan_refuses_what_the_yaml_does_not_have(scripts, tmp_path):
+    config, _ = small_config(scripts, tmp_path)
+    for name, message in (("tiers", "tiers: expected of T1"), ("arms", "arms: expected of"), ("labels", "labels: exp")):
+        with pytest.raises(ValueError, match=message):
+            plan(scripts, config, tmp_path, **{name: ["nothing"]})
+
+
+# Processes
+
+
+def test_a_process_is_measured_and_its_end_is_shown_when_it_fails(scripts, tmp_path, monkeypatch):
+    monkeypatch.setattr(scripts.processes, "SCRIPTS", tmp_path)
+    (tmp_path / "busy.py").write_text(
+        "import os, time\nwhile time.process_time() < 0.3: pass\nprint(os.environ['OMP_NUM_THREADS'])"
+    )
+    (tmp_path / "fails.py").write_text("print('why')\nraise SystemExit(3)")
+    processes, only_one = scripts.processes.Processes(threads=1), scripts.processes.only_one
+    with only_one(tmp_path / "run") as lock:
+        took = processes.run("busy.py", [], tmp_path / "busy.log", lock)
+        with pytest.raises(scripts.processes.RunError, match="fails.py ended with 3(?s:.*)why"):
+            processes.run("fails.py", [], tmp_path / "fails.log", lock)
+        with (
+            pytest.raises(scripts.processes.RunError, match="by another process"),
+            scripts.processes.only_one(tmp_path / "run"),
+        ):
+            pass
+    assert 0.3 <= took["cpu_seconds"] < 10
+    assert took["wall_seconds"] >= 0.3
+    assert (tmp_path / "busy.log").read_text() == "1\n"
+
+
+class FakeProcesses(dict):
+    """Runs scripts in this process; those named in `failing` end with an error."""
+
+    def __init__(self, scripts, failing=()):
+        self.scripts, self.failing, self.calls = scripts, failing, []
+
+    def __missing__(self, tier):
+        return self
+
+    def stop(self):
+        pass
+
+    def run(self, script, argv, log, keep_open):
+        self.calls.append((script, argv))
+        if script in self.failing:
+            raise self.scripts.processes.RunError(f"{script} ended with 1")
+        mains = {"pretrain.py": pretrain, "finetune_ctc.py": finetune_ctc, "evaluate.py": evaluate}
+        mains |= {"make_units.py": make_units, "benchmarks/peer.py": self.scripts.peer.main}
+        mains[script](argv)
+        return {"wall_seconds": 20.0, "cpu_seconds": 10.0 if script != "make_units.py" else 1.0}
+
+
+def test_seconds_of_a_resumed_run_are_in_proportion_to_its_updates(scripts, tmp_path):
+    checkpoint = tmp_path / "stage1/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    log = [{"step": step, "loss": 11.0 - step, "audio_hours": step / 10} for step in range(1, 11)]
+
+    class Resumed:
+        def run(self, script, argv, log_file, keep_open):
+            model = {"weight": torch.zeros(3, 4), "bias": torch.zeros(5)}
+            importlib.import_module("safetensors.torch").save_file(model, tmp_path / "stage1/model.safetensors")
+            (tmp_path / "stage1/trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": log}))
+            return {"wall_seconds": 14.0, "cpu_seconds": 7.0}
+
+    took = scripts.processes.train(Resumed(), "pretrain.py", tmp_path / "stage1", [], 5, 0)
+    assert took == {
+        "wall_seconds": pytest.approx(20),
+        "cpu_seconds": pytest.approx(10),
+        "updates": 10,
+        "audio_hours": 1.0,
+        "loss_before": 3.5,
+        "loss_last": 1.5,
+        "parameters": 17,
+        "resumed": True,
+    }
+    assert not checkpoint.exists()
+    assert scripts.processes.train(None, "pretrain.py", tmp_path / "stage1", [], 5, 0) == took
+
+
+# Whole chains
+
+
+@pytest.fixture
+def compare(scripts, data, tmp_path, monkeypatch):
+    """Runs the front door with tiny models; the processes, and what it returned."""
+    config, file = small_config(scripts, tmp_path)
+
+    def run(*options, failing=()):
+        processes = FakeProcesses(scripts, failing)
+        original = scripts.chains.Comparison.__init__
+
+        def start(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.processes = processes
+
+        with monkeypatch.context() as patched:
+            patched.setattr(scripts.chains.Comparison, "__init__", start)
+            argv = ["--config", str(file), "--data", str(data), "--output_dir", str(tmp_path / "out"), *options]
+            return processes, scripts.objectives.main(argv)
+
+    run.rows = lambda: scripts.processes.Results(tmp_path / "out/results.parquet").rows()
+    run.folder = tmp_path / "out"
+    return run
+
+
+def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
+    arms = ["--arms", "scratch", "frozen_random", "log_mel", "best_rq", "hubert_2", "scratch_whole"]
+    options = [*arms, "--phase", "dev", "--labels", "all"]
+    processes, code = compare(*options)
+    assert code == 0
+    rows = {row["arm"]: row for row in compare.rows()}
+    assert set(rows) == set(arms[1:])
+    row = rows["best_rq"]
+    assert row["cer"] == pytest.approx(sum(row["cer_edits"]) / sum(row["cer_lengths"]))
+    assert len(row["clips"]) == len(row["cer_edits"]) == 40
+    assert row["validation_cer"] == pytest.approx(row["cer"], abs=0.02)
+    assert (row["updates"], row["finetuning_updates"]) == (2, 5)
+    assert (row["pretraining_cpu_seconds"], row["pretraining_wall_seconds"]) == (10, 20)
+    assert rows["hubert_2"]["pretraining_cpu_seconds"] == 2 * (10 + 1)
+    assert rows["hubert_2"]["updates"] == 2
+    assert rows["scratch"]["updates"] == 0
+    assert rows["scratch_whole"]["finetuning_updates"] == 5 * (10 + 10) / 10
+    assert rows["log_mel"]["parameters"] < rows["scratch"]["parameters"]
+    assert not list(compare.folder.glob("runs/**/checkpoint-*"))
+    assert not list(compare.folder.glob("runs/**/dev-*/model.safetensors"))
+    report = capsys.readouterr().out
+    assert report.strip() == (compare.folder / "report.md").read_text().strip()
+    assert "| best_rq | " in report
+    for kind in ("labels", "hours", "compute"):
+        assert (compare.folder / f"T1_dev_updates_cer_{kind}.png").read_bytes().startswith(b"\x89PNG")
+    processes, code = compare(*options)
+    assert (processes.calls, code) == ([], 0)
+
+
+def test_scratch_has_the_encoder_that_others_pretrain(compare):
+    processes, _ = compare("--arms", "scratch", "best_rq", "--labels", MINUTES)
+    by_arm = {row["arm"]: row for row in compare.rows()}
+    assert by_arm["scratch"]["parameters"] == by_arm["best_rq"]["parameters"]
+    assert by_arm["scratch"]["validation_cer"] is None
+    assert len(by_arm["scratch"]["clips"]) == 4
+
+
+def test_a_failing_run_is_counted_and_the_others_go_on(compare, caplog):
+    _, code = compare("--arms", "best_rq", "scratch", "--labels", MINUTES, failing=["pretrain.py"])
+    assert code == 1
+    assert [row["arm"] for row in compare.rows()] == ["scratch"]
+    assert "failed: best_rq seed 0, 1 label sizes left. pretrain.py ended with 1" in caplog.text
+    processes, code = compare("--arms", "best_rq", "scratch", "--labels", MINUTES)
+    assert code == 0
+    assert [script for script, _ in processes.calls] == ["pretrain.py", "finetune_ctc.py", "evaluate.py"]
+
+
+def test_equal_time_is_measured_in_rows_that_must_be_there(compare, caplog):
+    options = ["--arms", "denoising", "--labels", MINUTES]
+    _, code = compare(*options, "--table", "time")
+    assert code == 1
+    assert "run --arms best_rq --table updates first" in caplog.text
+    assert compare("--arms", "denoising", "best_rq", "--labels", MINUTES)[1] == 0
+    _, code = compare(*options, "--table", "time")
+    assert code == 0
+    assert [row["updates"] for row in compare.rows() if row["table"] == "time"] == [2]
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(compare, capsys):
+    processes, code = compare("--arms", "best_rq", "scratch_whole", "--dry_run", "True")
+    printed = capsys.readouterr().out
+    assert (processes.calls, code) == ([], 0)
+    assert f"| T1 | best_rq | 0 | 2 | {MINUTES}: 5, all: 5 | 0 |" in printed
+    assert "by rows to come" in printed
+    assert "4 runs to be made" in printed
+
+
+# Report
+
+
+def make_row(arm, seed, labels, edits, lengths, **changes):
+    return {
+        "run": f"{arm}/{seed}/{labels}", "recipe": "a", "tier": "T1", "phase": "final", "table": "updates", "arm": arm,
+        "seed": seed, "labels": labels, "label_minutes": 30.0 if labels == "all" else float(labels),
+        "cer": sum(edits) / sum(lengths), "clips": [str(number) for number in range(len(edits))], "cer_edits": edits,
+        "cer_lengths": lengths, "loss_before": 1.0, "loss_last": 0.99, "updates": 2, "audio_hours": 1.5,
+        "pretraining_cpu_seconds": 120.0, "pretraining_wall_seconds": 60.0, "parameters": 5_000_000, "commit": "abc",
+        "machine": "a machine",
+    } | changes  # fmt: skip
+
+
+def make_cell(scripts, arm, *edits, lengths=(10, 10)):
+    rows = [make_row(arm, seed, "3", list(own), list(lengths)) for seed, own in enumerate(edits)]
+    return scripts.comparison_report.Cell(rows, "cer")
+
+
+def test_reduction_is_of_the_mean_over_seeds_with_the_same_clips_resampled(scripts):
+    reduction = scripts.comparison_report.relative_reduction
+    half = reduction(make_cell(scripts, "a", [1, 3]), make_cell(scripts, "scratch", [2, 6]))
+    assert half == {"reduction": 0.5, "low": 0.5, "high": 0.5, "seeds": 1}
+    # The first clip without errors, the second as before: resamples are both of the first, both of the second or mixed.
+    found = reduction(make_cell(scripts, "a", [0, 4]), make_cell(scripts, "scratch", [4, 4]))
+    assert found == {"reduction": 0.5, "low": 0.0, "high": 1.0, "seeds": 1}
+    two = reduction(make_cell(scripts, "a", [1, 1], [3, 3]), make_cell(scripts, "scratch", [4, 4], [4, 4], [9, 9]))
+    assert two == {"reduction": 0.5, "low": 0.5, "high": 0.5, "seeds": 2}
+
+
+def test_only_seeds_of_both_arms_are_compared(scripts):
+    mine, baseline = make_cell(scripts, "a", [1, 1]), make_cell(scripts, "scratch", [2, 2])
+    baseline.rows[0]["seed"] = 5
+    assert scripts.comparison_report.relative_reduction(mine, baseline) is None
+    baseline.rows[0] |= {"seed": 0, "clips": ["0", "other"]}
+    with pytest.raises(ValueError, match="scored on different clips"):
+        scripts.comparison_report.relative_reduction(mine, baseline)
+
+
+def test_labels_that_scratch_needs_lie_between_its_points_over_the_logarithm(scripts):
+    needed = scripts.comparison_report.minutes_needed
+    curve = [(30.0, 0.2), (3.0, 0.6)]
+    assert needed(curve, 0.4) == ("=", pytest.approx(np.sqrt(90)))
+    assert needed(curve, 0.1) == (">", 30.0)
+    assert needed(curve, 0.7) == ("<", 3.0)
+
+
+def test_fine_tuning_has_converged_when_its_loss_hardly_falls(scripts):
+    converged = scripts.comparison_report.has_converged
+    assert converged(1.0, 0.95)
+    assert not converged(1.0, 0.8)
+    assert converged(0.04, 0.01)
+    assert not converged(None, None)
+
+
+def test_report_says_mean_spread_reduction_and_what_does_not_count(scripts, tmp_path):
+    config = scripts.recipes.read_config(YAML)
+    rows = [
+        make_row("scratch", 0, "3", [4, 4], [10, 10], updates=0, audio_hours=0.0, pretraining_cpu_seconds=0.0),
+        make_row("scratch", 1, "3", [6, 6], [10, 10], updates=0, audio_hours=0.0, pretraining_cpu_seconds=0.0),
+        make_row("scratch", 0, "all", [1, 1], [10, 10], updates=0, audio_hours=0.0, pretraining_cpu_seconds=0.0),
+        make_row("best_rq", 0, "3", [9, 9], [10, 10], recipe="old"),
+        make_row("best_rq", 0, "3", [2, 2], [10, 10]),
+        make_row("best_rq", 1, "3", [3, 3], [10, 10]),
+        make_row("wav2vec2", 0, "3", [4, 4], [10, 10], loss_last=0.5),
+    ]
+    text = scripts.comparison_report.write_report(rows, config, tmp_path)
+    assert "| arm | 3 min | all (30 min) |" in text
+    assert "| scratch | 50.0% ± 14.1 (n=2) | 10.0% (n=1) |" in text
+    assert "| best_rq | 25.0% ± 7.1 (n=2); −50% [−50, −50] |  |" in text
+    assert "| wav2vec2 | 40.0% (n=1) †; +0% [+0, +0] |  |" in text
+    assert "| best_rq | 3.0 min | 12.7 min | 4.2× |" in text  # 5/8 of the way from 3 to 30 over the logarithm
+    assert "| best_rq | 1.50 | 2 | 2.0 | 1.0 | 5.00 M |  |  |  |" in text
+    assert "commit abc; a machine" in text
+
+
+def test_columns_whose_best_arm_is_useless_do_not_count(scripts, tmp_path):
+    config = scripts.recipes.read_config(YAML)
+    rows = [make_row("best_rq", 0, "3", [6, 6], [10, 10])]
+    assert "| best_rq | 60.0% (n=1) † |" in scripts.comparison_report.write_report(rows, config, tmp_path)
+
+
+# The peer
+
+SMALL_PEER = (
+    "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 64 --conv_dim 16 "
+    "--use_cpu True --max_seconds_per_batch 4 --logging_steps 1 --save_steps 2"
+).split()
+
+
+def test_peer_resumes_exactly_and_is_fine_tuned_to_a_recognizer(scripts, data, tmp_path, clips):
+    folder, corpus = tmp_path / "peer", str(data / "prompts_en")
+    argv = ["pretrain", "--corpus", corpus, "--max_steps", "4", "--output_dir", str(folder), *SMALL_PEER]
+    scripts.peer.main(argv)
+    whole = load_file(folder / "model.safetensors")
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    (folder / "model.safetensors").unlink()
+    scripts.peer.main([*argv, "--resume_from_checkpoint", "last"])
+    resumed = load_file(folder / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert json.loads((folder / "trainer_state.json").read_text())["log_history"] == log
+    assert 0 < log[0]["audio_hours"] < log[-1]["audio_hours"]
+
+    argv = "--max_steps 2 --use_cpu --eval_strategy no --save_strategy no --report_to none --max_seconds_per_batch 6"
+    recognizer = tmp_path / "ctc"
+    scripts.peer.main(
+        ["finetune", "--model", str(folder), "--corpus", corpus, "--output_dir", str(recognizer), *argv.split()]
+    )
+    trained, conv = load_file(recognizer / "model.safetensors"), "wav2vec2.feature_extractor.conv_layers.0.conv.weight"
+    assert torch.equal(trained[conv], resumed[conv])
+    assert "text" in pipeline("automatic-speech-recognition", model=str(recognizer))(clips[2])
+
+
+def test_peer_stops_when_its_time_is_spent(scripts, data, tmp_path, monkeypatch):
+    times = iter(range(0, 1000, 10))
+    monkeypatch.setattr(scripts.peer.time, "process_time", lambda: float(next(times)))
+    argv = ["pretrain", "--corpus", str(data / "prompts_en"), "--seconds", "30", "--output_dir", str(tmp_path)]
+    scripts.peer.main([*argv, *SMALL_PEER])
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_peer_normalizes_clips_as_its_feature_extractor(scripts):
+    clips = [torch.randn(900) * 3 + 1, torch.randn(700)]
+    values = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    mask = torch.arange(900) < torch.tensor([[900], [700]])
+    extractor = scripts.peer.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    expected = extractor([clip.numpy() for clip in clips], sampling_rate=16000, padding=True, return_tensors="pt")
+    torch.testing.assert_close(scripts.peer.normalize(values, mask), expected["input_values"], atol=1e-5, rtol=1e-4)
