@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from processes import Processes, Results, RunError, commit, made_once, only_one, train
-from recipes import Recipe, build_recipe, checksum, clock_of, to_argv
+from recipes import Recipe, checksum, clock_of, to_argv
 from tiers import TierData
 
 from hf_speechcl.evaluation.asr import edit_counts
@@ -30,6 +30,7 @@ class Chain:
         table, phase: see the options.
         folder: where.
         sizes: label sizes that have no row yet.
+        measured_in: hash of the reference arm's pre-training, if the length is measured in that.
     """
 
     recipe: Recipe
@@ -38,13 +39,20 @@ class Chain:
     phase: str
     folder: Path
     sizes: list[str]
+    measured_in: str | None = None
 
     def run_name(self, size: str) -> str:
         recipe = self.recipe
         return f"{recipe.tier}/{recipe.arm}/{self.folder.name}/{self.phase}-{size}-{recipe.finetuning_hash(size)}"
 
     def recipe_name(self, size: str) -> str:
-        return checksum([self.recipe.pretraining_hash(), self.recipe.finetuning_hash(size), self.table])
+        recipe = self.recipe
+        return checksum([recipe.pretraining_hash(), recipe.finetuning_hash(size), self.table, self.measured_in])
+
+
+def chain_name(recipe: Recipe, seed: int, measured_in: str | None = None) -> str:
+    """Of its folder: the same for all that is fine-tuned from one pre-training."""
+    return f"seed{seed}-{recipe.pretraining_hash()}" + (f"-of-{measured_in}" if measured_in else "")
 
 
 class Comparison:
@@ -54,11 +62,10 @@ class Comparison:
         config: the YAML.
         data: by tier.
         results: where rows are added.
-        quick: whether the quick section of the YAML counts.
     """
 
-    def __init__(self, config: dict, data: dict[str, TierData], results: Results, quick: bool = False):
-        self.config, self.data, self.results, self.quick = config, data, results, quick
+    def __init__(self, config: dict, data: dict[str, TierData], results: Results):
+        self.config, self.data, self.results = config, data, results
         self.processes = {tier: Processes(config["tiers"][tier]["threads"]) for tier in data}
 
     def run(self, chain: Chain) -> int:
@@ -127,6 +134,7 @@ class Comparison:
 
     def _finetune(self, chain: Chain, size: str, encoder: Path | None, pretraining: dict, lock: int) -> None:
         recipe, data = chain.recipe, self.data[chain.recipe.tier]
+        folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
         labels = data.labels(chain.phase, size, chain.seed)
         options = {**recipe.finetuning[size], "corpus": [labels.corpus]}
         if encoder is not None:
@@ -135,19 +143,19 @@ class Comparison:
             options["model"] = recipe.encoder["encoder"]
             options["model_options"] = {**recipe.encoder.get("encoder_options", {}), **options.get("model_options", {})}
         if recipe.takes_whole_budget:
-            options["max_steps"] = self._kept(
-                chain, f"{chain.phase}-{size}-updates", partial(self._whole_budget, chain, size)
-            )
+            name = f"{folder.name}.updates"
+            options["max_steps"] = self._kept(chain, name, partial(self._whole_budget, chain, size))
         options["load_best_model_at_end"] = False
-        folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
         script = (PEER, "finetune") if recipe.is_peer else ("finetune_ctc.py",)
         took = self._train(chain, script, folder, options, lock)
         scores_file = folder.with_suffix(".scores.json")
+        begun = folder.with_suffix(".begun.json")
         source, split = labels.scored
-        scoring = {"model": str(folder), "corpus": [source], "split": split, "output_file": str(scores_file)}
+        scoring = {"model": str(folder), "corpus": [source], "split": split, "output_file": str(begun)}
         scoring |= {"device": "cpu"} if self._on_cpu(chain) else {}
         if not scores_file.is_file():
             self.processes[recipe.tier].run("evaluate.py", to_argv(scoring), folder.with_suffix(".log"), lock)
+            begun.replace(scores_file)
         scores = json.loads(scores_file.read_text(encoding="utf-8"))
         validation = json.loads((folder / "results.json").read_text(encoding="utf-8")) if labels.held_out else {}
         self.results.add(
@@ -189,35 +197,45 @@ class Comparison:
         """A number measured in rows once: it stays what it was when the chain began."""
         return made_once(chain.folder / f"{name}.json", lambda: {"value": measure()})["value"]
 
-    def _mean_seconds(self, arm: str, chain: Chain, column: str, **same) -> float:
-        """Of rows in the table of equal updates, CPU time on a CPU and wall time elsewhere."""
-        column = f"{column}_{clock_of(self.config['tiers'][chain.recipe.tier])}_seconds"
+    def _mean(self, chain: Chain, arm: str, pretraining: str | None, value, **same) -> float:
+        """Mean over rows in the table of equal updates, of an arm with this hash of its pre-training or with any.
+
+        Raises:
+            RunError: there is none; says what to run.
+        """
         wanted = {"tier": chain.recipe.tier, "arm": arm, "table": "updates", **same}
         rows = [row for row in self.results.rows() if all(row[name] == value for name, value in wanted.items())]
+        names = [(row, f"seed{row['seed']}-{pretraining}") for row in rows]
+        rows = [row for row, name in names if pretraining is None or row["run"].split("/")[2] == name]
         if not rows:
-            of = ", ".join(f"{name} {value}" for name, value in same.items())
+            shown = ", ".join(f"{name} {value}" for name, value in wanted.items())
             raise RunError(
-                f"it is measured in the time that {arm} takes in {chain.recipe.tier} (table updates{', ' * bool(of)}"
-                f"{of}), which has no row in {self.results.file}: run --arms {arm} --table updates first"
+                f"its length is measured in the time of another run, which has no row in {self.results.file} with the "
+                f"recipe that the YAML has now ({shown}): run --arms {arm} --table updates first"
             )
-        newest = rows[-1]["recipe"]
-        seconds = [row[column] for row in rows if row["recipe"] == newest]
-        return sum(seconds) / len(seconds)
+        return sum(map(value, rows)) / len(rows)
+
+    def _seconds(self, chain: Chain, kind: str) -> str:
+        return f"{kind}_{clock_of(self.config['tiers'][chain.recipe.tier])}_seconds"
 
     def _reference_seconds(self, chain: Chain) -> float:
-        return self._mean_seconds(self.config["reference_arm"], chain, "pretraining")
+        column = self._seconds(chain, "pretraining")
+        return self._mean(chain, self.config["reference_arm"], chain.measured_in, lambda row: row[column])
 
     def _scale(self, chain: Chain) -> float:
-        own = partial(self._mean_seconds, chain.recipe.arm, chain, "pretraining")
-        return self._kept(chain, "scale", lambda: self._reference_seconds(chain) / own())
+        column, recipe = self._seconds(chain, "pretraining"), chain.recipe
+
+        def ratio() -> float:
+            own = self._mean(chain, recipe.arm, recipe.pretraining_hash(), lambda row: row[column])
+            return self._reference_seconds(chain) / own
+
+        return self._kept(chain, "scale", ratio)
 
     def _whole_budget(self, chain: Chain, size: str) -> int:
-        """Updates of fine-tuning that last as long as pre-training and fine-tuning of the others."""
-        same = {"phase": chain.phase, "labels": size}
-        finetuning = self._mean_seconds("scratch", chain, "finetuning", **same)
-        share = (finetuning + self._reference_seconds(chain)) / finetuning
-        scratch = build_recipe(self.config, chain.recipe.tier, "scratch", [size], self.quick)
-        return round(scratch.finetuning[size]["max_steps"] * share)
+        """Updates of fine-tuning that last as long as the pre-training and the fine-tuning of others."""
+        column, same = self._seconds(chain, "finetuning"), {"phase": chain.phase, "labels": size}
+        per_update = self._mean(chain, "scratch", None, lambda row: row[column] / row["finetuning_updates"], **same)
+        return chain.recipe.finetuning[size]["max_steps"] + round(self._reference_seconds(chain) / per_update)
 
 
 def clip_counts(transcripts: list[dict]) -> dict[str, list]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from chains import Chain, Comparison
+from chains import Chain, Comparison, chain_name
 from comparison_report import write_report
 from processes import Results
 from recipes import build_recipe, clock_of, read_config, same_in_both_tables
@@ -75,6 +75,7 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
         if tier not in config["tiers"]:
             raise ValueError(f"tiers: expected of {', '.join(config['tiers'])}, found {tier}")
         known = list(map(str, config["tiers"][tier]["labels"][args.phase]))
+        reference = build_recipe(config, tier, config["reference_arm"], [], args.quick).pretraining_hash()
         sizes = args.labels or known
         arms = args.arms or list(config["arms"])
         for field_name, found, expected in (("labels", sizes, known), ("arms", arms, list(config["arms"]))):
@@ -85,8 +86,9 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
                 recipe = build_recipe(config, tier, arm, sizes, args.quick)
                 if args.table == "time" and arm in same_in_both_tables(config):
                     continue
-                name = f"seed{seed}-{recipe.pretraining_hash()}" + "-time" * (args.table == "time")
-                chain = Chain(recipe, seed, args.table, args.phase, output / "runs" / tier / arm / name, sizes)
+                measured_in = reference if args.table == "time" or recipe.needs_rows else None
+                folder = output / "runs" / tier / arm / chain_name(recipe, seed, measured_in)
+                chain = Chain(recipe, seed, args.table, args.phase, folder, sizes, measured_in)
                 chains.append(replace(chain, sizes=[size for size in sizes if chain.run_name(size) not in made]))
     return chains
 
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         for chain in chains:  # before any run, so that a size there is not is found at once
             for size in chain.sizes:
                 data[chain.recipe.tier].labels(chain.phase, size, chain.seed)
-        failed = run_all(Comparison(config, data, results, args.quick), chains, args.jobs)
+        failed = run_all(Comparison(config, data, results), chains, args.jobs)
     print(write_report(results.rows(), config, output))
     if failed:
         logger.error("%d runs failed: their ends are above; the same command goes on with them", failed)
@@ -163,7 +165,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(comparison: Comparison, chains: list[Chain], jobs: int) -> int:
     """Run chains side by side, those last that are measured in the time of others; how many runs failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     waiting = [chain for chain in chains if chain.sizes]
     failed = 0
     for wave in (False, True):
@@ -180,4 +181,5 @@ def run_all(comparison: Comparison, chains: list[Chain], jobs: int) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of runs end as well
     sys.exit(main())

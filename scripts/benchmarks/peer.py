@@ -71,7 +71,7 @@ class PeerArguments(CorpusArguments):
 class PeerModelArguments:
     model: str = option("runs/peer", "Folder that `peer.py pretrain` wrote.")
     mask_time_prob: float = option(0.3, "Length of all masked spans of frames together, as a share of the clip.")
-    mask_feature_prob: float = option(0.1, "The same of channels, in spans of 64 (Baevski et al.: 0.1 to 0.5).")
+    mask_feature_prob: float = option(0.1, "The same of channels, in spans of 64 or a quarter of the width.")
 
 
 @dataclass
@@ -283,6 +283,7 @@ def finetune(argv: list[str]) -> None:
     processor.feature_extractor.do_normalize = True
 
     set_seed(args.seed)
+    width = Wav2Vec2Config.from_pretrained(model_args.model).hidden_size
     model = Wav2Vec2ForCTC.from_pretrained(
         model_args.model,
         vocab_size=len(processor.tokenizer),
@@ -291,7 +292,7 @@ def finetune(argv: list[str]) -> None:
         ctc_zero_infinity=True,
         mask_time_prob=model_args.mask_time_prob,
         mask_feature_prob=model_args.mask_feature_prob,
-        mask_feature_length=64,
+        mask_feature_length=min(64, width // 4),
     )
     model.freeze_feature_encoder()
     frame_length = model._get_feat_extract_output_lengths
