@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from processes import Processes, Results, RunError, commit, made_once, only_one, train
+from processes import Processes, Results, RunError, beside, commit, made_once, only_one, train
 from recipes import Recipe, checksum, clock_of, to_argv
 from tiers import TierData
 
@@ -119,9 +119,9 @@ class Comparison:
                 units |= {"features": str(encoder)} if "layer" in units else {}
                 units |= {"device": "cpu"} if self._on_cpu(chain) else {}
                 make = partial(
-                    self.processes[recipe.tier].run, "make_units.py", to_argv(units), folder.with_suffix(".log"), lock
+                    self.processes[recipe.tier].run, "make_units.py", to_argv(units), beside(folder, ".log"), lock
                 )
-                done.append(made_once(folder.with_suffix(".json"), make))
+                done.append(made_once(beside(folder, ".json"), make))
                 options["units"] = str(folder)
             if stage["continues"]:
                 options["encoder"] = str(encoder)
@@ -148,13 +148,13 @@ class Comparison:
         options["load_best_model_at_end"] = False
         script = (PEER, "finetune") if recipe.is_peer else ("finetune_ctc.py",)
         took = self._train(chain, script, folder, options, lock)
-        scores_file = folder.with_suffix(".scores.json")
-        begun = folder.with_suffix(".begun.json")
+        scores_file = beside(folder, ".scores.json")
+        begun = beside(folder, ".begun.json")
         source, split = labels.scored
         scoring = {"model": str(folder), "corpus": [source], "split": split, "output_file": str(begun)}
         scoring |= {"device": "cpu"} if self._on_cpu(chain) else {}
         if not scores_file.is_file():
-            self.processes[recipe.tier].run("evaluate.py", to_argv(scoring), folder.with_suffix(".log"), lock)
+            self.processes[recipe.tier].run("evaluate.py", to_argv(scoring), beside(folder, ".log"), lock)
             begun.replace(scores_file)
         scores = json.loads(scores_file.read_text(encoding="utf-8"))
         validation = json.loads((folder / "results.json").read_text(encoding="utf-8")) if labels.held_out else {}

@@ -169,7 +169,7 @@ def describe_reduction(found: dict) -> str:
     """Such as "−31% [−38, −22]", of the error."""
 
     def points(share: float) -> str:
-        return f"{-100 * share:+.0f}".replace("-", "−")
+        return f"{round(-100 * share):+d}".replace("-", "−")
 
     return f"{points(found['reduction'])}% [{points(found['high'])}, {points(found['low'])}]"
 

@@ -148,7 +148,7 @@ def train(processes: Processes, script: str, folder: Path, argv: list[str], save
         `wall_seconds`, `cpu_seconds`, `updates`, `audio_hours`, `loss_before`, `loss_last`, `parameters`, `resumed`.
     """
     return made_once(
-        folder.with_suffix(".json"),
+        beside(folder, ".json"),
         lambda: _train(processes, script, folder, argv, save_steps, keep_open),
     )
 
@@ -158,7 +158,7 @@ def _train(processes, script, folder, argv, save_steps, keep_open) -> dict:
     took = processes.run(
         script,
         [*argv, "--output_dir", str(folder), "--save_steps", str(save_steps), "--resume_from_checkpoint", "last"],
-        folder.with_suffix(".log"),
+        beside(folder, ".log"),
         keep_open,
     )
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
@@ -199,6 +199,11 @@ def count_parameters(file: Path) -> int:
             size *= length
         total += size
     return total
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A file beside a folder, with its name and an ending; names may hold points."""
+    return folder.with_name(folder.name + ending)
 
 
 def made_once(file: Path, make: Callable[[], dict]) -> dict:
