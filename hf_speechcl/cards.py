@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARD, CURVES = "README.md", "curves.png"
 RESULTS_BEGIN, RESULTS_END = "<!-- results of scripts/evaluate.py -->", "<!-- end of results -->"
-PLOTTED = ("loss", "accuracy", "code_perplexity", "encoder_std", "encoder_rank", "wer", "cer")
+PLOTTED = "loss accuracy code_perplexity encoder_std encoder_rank wer cer phone_accuracy abx_error".split()
 NOT_STATED = "not stated by the author of this model"
 DEMO_LICENSE = (
     "[CC-BY-SA-3.0](https://creativecommons.org/licenses/by-sa/3.0/). Asterisk Core Sounds (English), copyright "
@@ -334,7 +334,8 @@ def plot_curves(runs: dict[str, list[dict]], file: Path) -> None:
     """Draw losses, accuracies and error rates against updates.
 
     Args:
-        runs: a Trainer's log for every label; training and validation are drawn into the same panels.
+        runs: a Trainer's log for every label; training and validation are drawn into the same panels, and what the
+            probe finds in log-mel frames as a level line into those of the encoder.
         file: the picture.
     """
     import matplotlib
@@ -343,11 +344,14 @@ def plot_curves(runs: dict[str, list[dict]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    levels: dict[tuple[str, str], float] = {}
     for label, log_history in runs.items():
         for entry in log_history:
             for name, value in entry.items():
                 part, key = ("validation", name[5:]) if name.startswith("eval_") else ("training", name)
-                if key.rsplit("/")[-1] in PLOTTED and key != "loss":
+                if key.startswith("probe_log_mel/"):
+                    levels[f"{label} log-mel".strip(), key.rsplit("/")[-1]] = value
+                elif key.rsplit("/")[-1] in PLOTTED and key != "loss":
                     curve = panels.setdefault(key, {}).setdefault(f"{label} {part}".strip(), [])
                     curve.append((entry["step"], value))
     columns = min(3, len(panels))
@@ -358,6 +362,9 @@ def plot_curves(runs: dict[str, list[dict]], file: Path) -> None:
     for axis, (name, curves) in zip(axes.flat, panels.items()):
         for part, points in curves.items():
             axis.plot(*zip(*points), label=part, marker="." if len(points) < 30 else None)
+        for (part, metric), value in levels.items():
+            if name.startswith("probe/") and name.rsplit("/")[-1] == metric:
+                axis.axhline(value, label=part, color="gray", linestyle="--")
         axis.set(title=name, xlabel="updates")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")

@@ -208,3 +208,51 @@ def reconstruction_loss(predictions, targets, norm):
         errors = [abs(a - b) if norm == "l1" else (a - b) ** 2 for a, b in zip(predicted, target)]
         total += sum(errors) / len(errors)
     return total
+
+
+def dtw_distance(first, second):
+    """Mean angle (1 for 180°) along the cheapest path; of equal ways both tokens go on, or else the second."""
+
+    def angle(one, other):
+        dot = sum(x * y for x, y in zip(one, other))
+        norms = math.sqrt(sum(x * x for x in one)) * math.sqrt(sum(y * y for y in other))
+        return math.acos(min(max(dot / norms, -1.0), 1.0)) / math.pi
+
+    best = {}
+    for i, one in enumerate(first):
+        for j, other in enumerate(second):
+            before = [best[place] for place in [(i - 1, j - 1), (i, j - 1), (i - 1, j)] if place in best]
+            cost, length = min(before, key=lambda entry: entry[0]) if before else (0.0, 0)
+            best[i, j] = (cost + angle(one, other), length + 1)
+    cost, length = best[len(first) - 1, len(second) - 1]
+    return cost / length
+
+
+def abx_error(tokens, categories, groups):
+    """Schatz et al. 2013: for each group and ordered pair of categories all triples, then means over groups, directions
+    and pairs."""
+    pair_errors = []
+    names = sorted(set(categories))
+    for number, one in enumerate(names):
+        for other in names[number + 1 :]:
+            directions = []
+            for same, different in [(one, other), (other, one)]:
+                errors = []
+                for group in sorted(set(groups)):
+                    own = [t for t, c, g in zip(tokens, categories, groups) if c == same and g == group]
+                    others = [t for t, c, g in zip(tokens, categories, groups) if c == different and g == group]
+                    scores = []
+                    for x in range(len(own)):
+                        for a in range(len(own)):
+                            for b in range(len(others)):
+                                if a != x:
+                                    to_a = dtw_distance(own[a], own[x])
+                                    to_b = dtw_distance(others[b], own[x])
+                                    scores.append(1.0 if to_a > to_b else 0.5 if to_a == to_b else 0.0)
+                    if scores:
+                        errors.append(sum(scores) / len(scores))
+                if errors:
+                    directions.append(sum(errors) / len(errors))
+            if directions:
+                pair_errors.append(sum(directions) / len(directions))
+    return sum(pair_errors) / len(pair_errors)

@@ -3,8 +3,8 @@
 import logging
 import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def load_corpus(
     require_text: bool = False,
     label_column: str | None = None,
     keep_columns: Sequence[str] = (),
+    list_columns: Mapping[str, pyarrow.DataType] | None = None,
 ) -> Dataset:
     """Load one or several sources as rows `{"id", "audio": {"bytes", "path"}, "text", "duration"}`.
 
@@ -50,6 +51,8 @@ def load_corpus(
         label_column: a column with the class of every clip (speaker, keyword, language), which comes as column label.
         keep_columns: further columns to keep under their own names, as texts; None for the clips of a source that lacks
             one.
+        list_columns: columns that hold a list for every clip, with the type of its elements, which come as such lists;
+            of parquet files and Hub data sets only.
 
     Returns:
         `datasets.Dataset` with the columns id (all different), audio, text (None where there is none), duration
@@ -58,9 +61,9 @@ def load_corpus(
     Raises:
         FileNotFoundError: no such file or folder, or no audio in it.
         ValueError: a column or a split is missing; the message names those there are. Or a column to keep has the name
-            of one that every corpus has.
+            of one that every corpus has, or a column of lists holds none.
     """
-    columns = _Columns(audio_column, text_column, require_text, label_column, tuple(keep_columns))
+    columns = _Columns(audio_column, text_column, require_text, label_column, tuple(keep_columns), list_columns or {})
     sources = [sources] if isinstance(sources, str) else list(sources)
     return _join([_load(_open(source, columns), split, columns) for source in sources], split, sources)
 
@@ -133,12 +136,14 @@ class _Columns:
     require_text: bool = False
     label_column: str | None = None
     keep_columns: tuple[str, ...] = ()
+    list_columns: Mapping[str, pyarrow.DataType] = field(default_factory=dict)
 
     def __post_init__(self):
-        if taken := sorted({"id", "audio", "text", "label", "duration"} & set(self.keep_columns)):
-            raise ValueError(
-                f"keep_columns: {', '.join(taken)} would hide a column that every corpus has: leave it out"
-            )
+        for option in ("keep_columns", "list_columns"):
+            if taken := sorted({"id", "audio", "text", "label", "duration"} & set(getattr(self, option))):
+                raise ValueError(
+                    f"{option}: {', '.join(taken)} would hide a column that every corpus has: leave it out"
+                )
 
     @property
     def texts(self) -> dict[str, str]:
@@ -190,6 +195,11 @@ def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
         files, clips = _files_in_cache(rows, split), np.array([len(rows)])
     elif split not in source.splits:
         raise ValueError(_no_split(source.name, split, source.splits))
+    elif source.values is not None and columns.list_columns:
+        raise ValueError(
+            f"{source.name} is a folder of audio files, and {_describe_lists(columns)} are lists, which metadata do "
+            "not hold: give parquet files"
+        )
     else:
         numbers = np.flatnonzero(source.split_of_file == split)
         files, clips = source.files.select(numbers), np.ones(len(numbers), int)
@@ -267,6 +277,11 @@ def _standard_columns(dataset: Dataset, name: str, columns: _Columns) -> Dataset
         column = getattr(columns, option)
         if column in columns.required and column not in dataset.column_names:
             raise ValueError(f"{name} has no column {column!r}; it has {found}: set {option}")
+    if missing := [column for column in columns.list_columns if column not in dataset.column_names]:
+        raise ValueError(
+            f"{name} has no column {' and '.join(map(repr, missing))}; it has {found}: expected "
+            f"{_describe_lists(columns)}"
+        )
     feature = dataset.features[audio_column]
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
     if not is_struct and not isinstance(feature, Audio):
@@ -283,6 +298,7 @@ def _standard_columns(dataset: Dataset, name: str, columns: _Columns) -> Dataset
         names = compute.replace_substring_regex(paths, r"^.*/", "")
     table = {"id": compute.if_else(compute.equal(compute.coalesce(names, ""), ""), numbers, names)}
     table |= {column: _texts(dataset, name_in_source) for column, name_in_source in columns.texts.items()}
+    table |= {column: _lists(dataset, column, name, columns) for column in columns.list_columns}
     if (seconds := _trusted_durations(dataset, audio_column)) is not None:
         table["duration"] = seconds
     return _beside(rows, table)
@@ -299,6 +315,21 @@ def _texts(dataset: Dataset, column: str) -> pyarrow.ChunkedArray:
     if pyarrow.types.is_string(values.type) or pyarrow.types.is_integer(values.type):
         return values.cast(pyarrow.string())
     return pyarrow.chunked_array([[None if value is None else str(value) for value in values.to_pylist()]])
+
+
+def _lists(dataset: Dataset, column: str, name: str, columns: _Columns) -> pyarrow.ChunkedArray:
+    """A column of lists of the type asked for."""
+    values = column_of(dataset, column)
+    try:
+        return values.cast(pyarrow.list_(columns.list_columns[column]))
+    except pyarrow.ArrowException:
+        raise ValueError(
+            f"{name}: the column {column!r} holds {values.type}, expected {_describe_lists(columns)}"
+        ) from None
+
+
+def _describe_lists(columns: _Columns) -> str:
+    return " and ".join(f"{column} (list of {kind})" for column, kind in columns.list_columns.items())
 
 
 def _trusted_durations(dataset: Dataset, audio_column: str) -> pyarrow.ChunkedArray | None:

@@ -89,6 +89,25 @@ class PretrainingDataArguments(ClipArguments, CorpusArguments):
 
 
 @dataclass
+class ProbeArguments:
+    _argument_group_name = "probe"
+
+    probe_corpus: list[str] = option(
+        [],
+        "Sources (parquet, Hub) of clips with phones, by which each validation measures a layer: linear probe, ABX.",
+    )
+    probe_split: str = option("train", "Split of the probe corpus; half of its clips are to fit on, half to test on.")
+    probe_layers: list[int] = option([], "Which hidden_states are measured; without, that two thirds up.")
+    probe_clips: int = option(60, "Clips that are drawn from the probe corpus, decoded and kept in memory.")
+    phones_column: str = option("phones", "Column with a list of each clip's phones.")
+    phone_ends_column: str = option("phone_ends", "Column with a list of the phones' ends, in seconds.")
+
+    def __post_init__(self):
+        if self.probe_layers and not self.probe_corpus:
+            raise ValueError("probe_layers are for the clips of probe_corpus: name one, or leave them out")
+
+
+@dataclass
 class PretrainingModelArguments:
     _argument_group_name = "model"
 

@@ -25,11 +25,14 @@ from ..data.augment import Augmentation, check_probabilities, keeps_time
 from ..data.corpora import load_corpus, load_train_and_validation
 from ..data.folders import source_name
 from ..data.units import Units
+from ..evaluation.probe import PhoneProbe
+from ..features import HiddenStates
 from ..hub import find_model
 from ..pretraining import SpeechCLForPreTraining, objective_options
 from .arguments import (
     PretrainingDataArguments,
     PretrainingModelArguments,
+    ProbeArguments,
     SpeechTrainingArguments,
     parse_config_options,
     parse_objectives,
@@ -58,6 +61,8 @@ DESCRIPTION = """Pre-train a SpeechCL encoder on speech without transcripts.
     python scripts/pretrain.py --objectives best_rq --corrupt_input --corruptions noise=0.5 mix=0.3
   The units of scripts/make_units.py, for the objective hubert:
     python scripts/pretrain.py --objectives hubert --units runs/units --output_dir runs/hubert
+  With what each validation finds of phones in the encoder, by clips with the columns phones and phone_ends:
+    python scripts/pretrain.py --corpus my_audio --probe_corpus my_phones.parquet
 
 The output folder holds checkpoints, the model for AutoModel.from_pretrained, curves.png and a model card."""
 
@@ -211,11 +216,27 @@ def write_encoder_card(
     )
 
 
+def load_probe(
+    probe_args: ProbeArguments, audio_column: str, model: SpeechCLForPreTraining
+) -> tuple[PhoneProbe, HiddenStates] | None:
+    """The clips and the layers that the options of the probe ask for; None without its corpus."""
+    if not probe_args.probe_corpus:
+        return None
+    layers = probe_args.probe_layers or [round(2 / 3 * model.config.num_hidden_layers)]
+    features = HiddenStates(model.speechcl, layers, sampling_rate=model.config.sampling_rate)
+    columns = {"audio_column": audio_column}
+    columns |= {name: getattr(probe_args, name) for name in ("phones_column", "phone_ends_column")}
+    return PhoneProbe.load(
+        probe_args.probe_corpus, [probe_args.probe_split], features.sampling_rate, probe_args.probe_clips, columns
+    ), features
+
+
 def build_trainer(
     model_args: PretrainingModelArguments,
     data_args: PretrainingDataArguments,
     args: SpeechTrainingArguments,
     checkpoint: str | None = None,
+    probe_args: ProbeArguments | None = None,
 ) -> PretrainingTrainer:
     """Model, corpus and batches as the options ask for them, ready to train from the beginning or a checkpoint."""
     set_seed(args.seed)
@@ -225,8 +246,11 @@ def build_trainer(
         check_units(units, checkpoint)
     check_options(data_args, model)
     config = model.config
+    probe_args = probe_args or ProbeArguments()
+    with args.main_process_first(desc="loading the corpus of the probe"):
+        probe = load_probe(probe_args, data_args.audio_column, model)
     prepare_to_push(args)
-    keep_options(args, checkpoint, model_args, data_args)
+    keep_options(args, checkpoint, model_args, data_args, *([probe_args] if probe else []))
 
     with args.main_process_first(desc="loading the corpus"):
         train, validation = load_train_and_validation(
@@ -263,6 +287,7 @@ def build_trainer(
         max_clips_per_batch=data_args.max_clips_per_batch,
         clips_per_label=data_args.clips_per_label,
         view_seconds=data_args.view_seconds,
+        probe=probe,
         max_seconds_per_batch=data_args.max_seconds_per_batch,
         processing_class=Wav2Vec2FeatureExtractor(
             sampling_rate=config.sampling_rate, do_normalize=False, return_attention_mask=True
@@ -271,11 +296,13 @@ def build_trainer(
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_arguments(
-        [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], DESCRIPTION, argv
+    model_args, data_args, probe_args, args = parse_arguments(
+        [PretrainingModelArguments, PretrainingDataArguments, ProbeArguments, SpeechTrainingArguments],
+        DESCRIPTION,
+        argv,
     )
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    trainer = build_trainer(model_args, data_args, args, checkpoint)
+    trainer = build_trainer(model_args, data_args, args, checkpoint, probe_args)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     finish_run(trainer, result.metrics["train_runtime"], partial(write_encoder_card, trainer, model_args, data_args))

@@ -4,11 +4,13 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from ..data.batching import DurationBatchSampler, LabelBatchSampler
 from ..distributed import gather_rows
+from ..evaluation.probe import Features, PhoneProbe
+from ..features import HiddenStates, StackedLogMel
 from ..objectives import ObjectiveOutput, UtteranceObjective
 from .guard import CollapseGuard
 from .trainer import SpeechTrainer
@@ -16,6 +18,7 @@ from .trainer import SpeechTrainer
 logger = logging.getLogger(__name__)
 
 EVALUATION_CLIPS = 128  # compared with each other in validation
+PROBE_METRICS = ("phone_accuracy", "abx_error")
 
 
 class RandomState:
@@ -54,6 +57,18 @@ class AfterUpdate(TrainerCallback):
         model.after_update()
 
 
+class LogMelProbe(TrainerCallback):
+    """Begins the log of a new run with what the probe finds in log-mel frames, for the encoder to be held against."""
+
+    def __init__(self, trainer: "PretrainingTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            features = StackedLogMel(self.trainer.model.config)
+            self.trainer.log(self.trainer.measure_probe("probe_log_mel", [""], features))
+
+
 class PretrainingTrainer(SpeechTrainer):
     """Trains a `SpeechCLForPreTraining`.
 
@@ -65,11 +80,18 @@ class PretrainingTrainer(SpeechTrainer):
         max_clips_per_batch: limit of a batch in clips, beside that in seconds.
         clips_per_label: clips of each label in a batch, if the training set has labels and they are compared.
         view_seconds: longest view, for the size of such a batch.
+        probe: clips with phones, by which each validation measures layers of the encoder, and these layers.
         kwargs: as for `SpeechTrainer`.
     """
 
     def __init__(
-        self, *, max_clips_per_batch: int | None = None, clips_per_label: int = 4, view_seconds: float = 3.0, **kwargs
+        self,
+        *,
+        max_clips_per_batch: int | None = None,
+        clips_per_label: int = 4,
+        view_seconds: float = 3.0,
+        probe: tuple[PhoneProbe, HiddenStates] | None = None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         if self.args.torch_compile and self.model.comparing:
@@ -91,6 +113,9 @@ class PretrainingTrainer(SpeechTrainer):
         self.uncached: list[dict] | None = None
         self.embedded: list[dict[str, dict[str, torch.Tensor]]] = []
         self.add_callback(AfterUpdate())
+        self.probe = probe
+        if probe is not None:
+            self.add_callback(LogMelProbe(self))
 
     def batch_sampler(self, dataset, shuffle, **options):
         if shuffle and dataset.has_labels and self.model.comparing:
@@ -211,7 +236,25 @@ class PretrainingTrainer(SpeechTrainer):
                 sums.add({name: output}, torch.tensor(0))
                 self.guard.observe_states({name: output})
         scalars = super().summarize(sums)
-        return scalars | self.guard.judge(scalars, self.state.global_step)
+        scalars |= self.guard.judge(scalars, self.state.global_step)
+        if self.probe is None:
+            return scalars
+        features = self.probe[1]
+        names = [f"layer{layer}/" if len(features.layers) > 1 else "" for layer in features.layers]
+        return scalars | self.measure_probe("probe", names, features)
+
+    def measure_probe(self, prefix: str, names: list[str], features: Features) -> dict[str, float]:
+        """Phone accuracy and ABX error of each kind of frames, by its name, found by the first process for all."""
+        scalars = [{}]
+        if self.is_world_process_zero():
+            with self.compute_loss_context_manager():
+                found = self.probe[0].measure(features)
+            scalars = [
+                {f"{prefix}/{name}{key}": kind[key] for name, kind in zip(names, found) for key in PROBE_METRICS}
+            ]
+            shown = ", ".join(f"{name} {value:.1%}" for name, value in scalars[0].items())
+            logger.info("update %d: %s", self.state.global_step, shown)
+        return broadcast_object_list(scalars)[0]
 
     def _compare_validation(self, objective: UtteranceObjective, parts: list[dict]) -> list[ObjectiveOutput]:
         """Clips of all ranks in groups that do not depend on the batches they were encoded in."""

@@ -4,21 +4,16 @@ Both take one clip at a time, so that nothing is padded and a clip's units do no
 """
 
 import hashlib
-import logging
 from pathlib import Path
 
 import numpy as np
 import scipy.fft
 import scipy.ndimage
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 from ..configuration_speechcl import SpeechCLConfig
-from ..data.folders import source_name
-from ..hub import find_model
+from ..features import HiddenStates
 from ..modeling_speechcl import SpeechCLLogMel
-
-logger = logging.getLogger(__name__)
 
 NUM_MEL_BINS, NUM_CEPSTRA, LIFTER = 23, 13, 22  # Kaldi's
 SLOPE = np.arange(-2, 3) / 10  # least-squares line through five frames
@@ -72,7 +67,7 @@ class MFCC:
 
 
 class EncoderLayer:
-    """Hidden states of an encoder of the wav2vec 2.0 family, in evaluation mode.
+    """Hidden states of one layer of an encoder of the wav2vec 2.0 family, in evaluation mode.
 
     Args:
         name: folder, or Hub name as for `find_model`, for `AutoModel`.
@@ -89,35 +84,14 @@ class EncoderLayer:
     def __init__(self, name: str, layer: int, device: torch.device | str = "cpu"):
         if not Path(name).is_dir() and "/" not in name:
             raise ValueError(f"features {name!r}: expected mfcc, a folder or a Hub name")
-        folder = find_model(name)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not hasattr(config, "inputs_to_logits_ratio"):
-            raise ValueError(f"features {name}: {config.model_type} is no encoder of the wav2vec 2.0 family")
-        if not 0 <= layer <= config.num_hidden_layers:
-            raise ValueError(f"layer must be between 0 and {config.num_hidden_layers}, found {layer}")
-        self.layer, self.device = layer, device
-        self.model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval().to(device)
-        try:
-            extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
-            self.normalize, self.sampling_rate = extractor.do_normalize, extractor.sampling_rate
-        except OSError:
-            self.normalize, self.sampling_rate = False, getattr(config, "sampling_rate", 16000)
-            logger.info("%s has no preprocessor_config.json: waveforms go in as they are", source_name(name))
-        self.samples_per_unit = config.inputs_to_logits_ratio
+        self.hidden_states = HiddenStates.load(name, [layer], device)
+        self.sampling_rate = self.hidden_states.sampling_rate
+        self.samples_per_unit = self.hidden_states.samples_per_frame
         digest = hashlib.sha256()
-        for weight in self.model.state_dict().values():
+        for weight in self.hidden_states.encoder.state_dict().values():
             digest.update(weight.float().cpu().numpy().tobytes())
         self.source = {"features": name, "layer": layer, "weights": digest.hexdigest()[:16]}
 
-    @torch.inference_mode()
     def __call__(self, samples: torch.Tensor) -> np.ndarray:
-        """(S,) float32 waveform → (ceil(S / samples_per_unit), H) float32.
-
-        An encoder that does not pad its input gives a frame or two less; the last is repeated.
-        """
-        if self.normalize:
-            samples = (samples - samples.mean()) / torch.sqrt(samples.var(correction=0) + 1e-7)
-        outputs = self.model(samples[None].to(self.device), output_hidden_states=True)
-        frames = outputs.hidden_states[self.layer][0].float().cpu().numpy()
-        missing = -(-len(samples) // self.samples_per_unit) - len(frames)
-        return np.pad(frames, ((0, missing), (0, 0)), mode="edge")
+        """(S,) float32 waveform → (ceil(S / samples_per_unit), H) float32."""
+        return self.hidden_states(samples)[0]
