@@ -93,7 +93,7 @@ def test_frames_of_labels_and_segments_agree(phones):
     for clip in load_phone_clips(str(phones), "train", 16000, 5):
         starts, counts = clip.segments(30, 0.04)
         labels = clip.phone_of_frames(30, 0.04)
-        for number in range(10):
+        for number in range(min(10, len(clip.phones))):
             assert labels[starts[number] : starts[number] + counts[number]].tolist() == [number] * counts[number]
 
 

@@ -164,7 +164,7 @@ class PhoneProbe:
         majority = float(np.bincount(test_labels).max() / len(test_labels))
         together = np.concatenate(test)
         if not (np.isfinite(frames).all() and np.isfinite(together).all()):
-            return {"phone_accuracy": np.nan, "majority": majority, "abx_error": np.nan}
+            return {"phone_accuracy": np.nan, "majority": majority, "abx_error": np.nan, "abx_interval": np.nan}
         places = np.cumsum([0, *map(len, test)])
         segments = [clip.segments(len(own), frame_seconds) for clip, own in zip(self.test, test)]
         starts = np.array([places[clip] + segments[clip][0][number] for clip, number in self.tokens])

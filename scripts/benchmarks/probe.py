@@ -26,8 +26,8 @@ a frame of) and of encoders of the first model's architecture with random weight
     python scripts/benchmarks/probe.py --models runs/a --corpus my_phones --splits train test --layers all \\
       --max_clips 400 --same_context True
 
-Prints a markdown table. The corpus has a list of phones and a list of their ends in seconds for every clip. Intervals of
-ABX are over pairs of phones: they say nothing of other clips or speakers."""
+Prints a markdown table. The corpus has a list of phones and a list of their ends in seconds for every clip. Intervals
+of ABX are over pairs of phones: they say nothing of other clips or speakers."""
 
 
 @dataclass
