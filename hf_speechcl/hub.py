@@ -27,6 +27,7 @@ from .modeling_speechcl import REMOTE_CODE
 
 logger = logging.getLogger(__name__)
 
+STARTER = Path(__file__).with_name("starter")  # the encoder that comes with the package
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE = ("configuration_speechcl.py", "modeling_speechcl.py")
 # All that goes to the Hub. Pickles, optimizer states, options and reports that name clips do not.
@@ -54,10 +55,11 @@ RETRY_SECONDS = (1, 2, 4, 8, 16)
 
 
 def find_model(name: str | Path) -> str:
-    """The folder of a model: a local one as it is, one on the Hub as its download.
+    """The folder of a model: a local one as it is, one on the Hub as its download, `starter` as that of the package.
 
     Args:
-        name: a folder, or `user/name` on the Hub, or `user/name@revision` with a branch, a tag or a commit.
+        name: a folder, or `user/name` on the Hub, or `user/name@revision` with a branch, a tag or a commit; or
+            `starter`, the encoder that comes with the package.
 
     Raises:
         FileNotFoundError: no such folder, repository or revision; or the Hub cannot be reached and it is not in the
@@ -65,6 +67,8 @@ def find_model(name: str | Path) -> str:
     """
     if Path(name).is_dir():
         return str(name)
+    if str(name) == "starter":
+        return str(STARTER)
     repo_id, _, revision = str(name).partition("@")
     try:
         return snapshot_download(repo_id, revision=revision or None, allow_patterns=list(DOWNLOADED))

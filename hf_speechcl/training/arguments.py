@@ -113,8 +113,8 @@ class PretrainingModelArguments:
 
     encoder: str = option(
         "tiny",
-        "A size (tiny, small, base, large), or a SpeechCL model to go on pre-training from: a folder, or user/name or "
-        "user/name@revision on the Hub.",
+        "A size (tiny, small, base, large), or a SpeechCL model to go on pre-training from: a folder, user/name or "
+        "user/name@revision on the Hub, or starter, the encoder that comes with the package.",
     )
     encoder_options: list[str] = option(
         [], "Fields of SpeechCLConfig to change, e.g. subsampling_factor=2 layerdrop=0.05 (with a size only)."

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -26,8 +27,8 @@ class FineTuningModelArguments:
 
     model: str = option(
         "tiny",
-        "A pre-trained folder, or user/name or user/name@revision on the Hub; or a size (tiny, small, base, large), "
-        "from scratch.",
+        "A pre-trained folder, or user/name or user/name@revision on the Hub; starter, the encoder that comes with the "
+        "package; or a size (tiny, small, base, large), from scratch.",
     )
     model_options: list[str] = option([], "Fields of SpeechCLConfig to change, e.g. hidden_dropout=0.1.")
     from_scratch: bool = option(False, "Take the architecture of the model only, with new weights, for comparison.")
@@ -162,7 +163,7 @@ def build_model(
     if model_args.is_from_scratch:
         config.objectives = None
         return model_class(config)
-    return model_class.from_pretrained(model_args.folder, config=config)
+    return model_class.from_pretrained(model_args.folder, config=config, dtype=torch.float32)
 
 
 def choose_trained(

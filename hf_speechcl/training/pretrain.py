@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
 from ..cards import (
@@ -78,8 +79,10 @@ def build_model(model_args: PretrainingModelArguments, units: Units | None = Non
         return SpeechCLForPreTraining(SpeechCLConfig.from_size(model_args.encoder, objectives=objectives, **overrides))
     if overrides:
         raise ValueError("encoder_options change a new encoder: leave them out with an encoder that has its weights")
-    if not Path(model_args.encoder).is_dir() and "/" not in model_args.encoder:
-        raise ValueError(f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
+    if not Path(model_args.encoder).is_dir() and "/" not in model_args.encoder and model_args.encoder != "starter":
+        raise ValueError(
+            f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, starter, a folder or a Hub name"
+        )
     folder = find_model(model_args.encoder)
     check_units(units, folder)
     earlier = (SpeechCLConfig.from_pretrained(folder).objectives or {}).get("best_rq")
@@ -89,7 +92,9 @@ def build_model(model_args: PretrainingModelArguments, units: Units | None = Non
         )
     config = SpeechCLConfig.from_pretrained(folder, objectives=objectives)
     # Objectives may have other options than those the folder was trained with: what no longer fits is drawn anew.
-    return SpeechCLForPreTraining.from_pretrained(folder, config=config, ignore_mismatched_sizes=True)
+    return SpeechCLForPreTraining.from_pretrained(
+        folder, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
 
 
 def fill_units(objectives: dict[str, dict], units: Units | None) -> None:

@@ -17,6 +17,7 @@ from hf_speechcl.machine import describe_machine
 logger = logging.getLogger(__name__)
 
 PEER = "benchmarks/peer.py"
+PROBE_SCORES = {"probe_accuracy": "phone_accuracy", "abx_error": "abx_error"}
 TRAINER_OPTIONS = {"eval_strategy": "no", "disable_tqdm": True, "report_to": "none"}
 
 
@@ -48,6 +49,13 @@ class Chain:
     def recipe_name(self, size: str) -> str:
         recipe = self.recipe
         return checksum([recipe.pretraining_hash(), recipe.finetuning_hash(size), self.table, self.measured_in])
+
+
+def probe_scores(encoder: Path | None) -> dict[str, float | None]:
+    """What the probe found at the end of pre-training; None from scratch and of the peer."""
+    file = encoder and encoder / "results.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    return {name: found.get(f"eval_probe/{key}") for name, key in PROBE_SCORES.items()}
 
 
 def chain_name(recipe: Recipe, seed: int, measured_in: str | None = None) -> str:
@@ -108,6 +116,8 @@ class Comparison:
         scale = self._scale(chain) if chain.table == "time" else 1.0
         for number, stage in enumerate(recipe.stages, start=1):
             options = {**stage["pretraining"], **corpus}
+            if not recipe.is_peer:
+                options["probe_corpus"] = [self.data[recipe.tier].probe]
             if options.get("seconds") == "reference":
                 options["seconds"] = self._kept(chain, "seconds", partial(self._reference_seconds, chain))
             if "max_steps" in options:
@@ -185,6 +195,7 @@ class Comparison:
                 "finetuning_cpu_seconds": took["cpu_seconds"],
                 "resumed": bool(took["resumed"] or pretraining["resumed"]),
                 "parameters": took["parameters"],
+                **probe_scores(encoder),
                 "commit": commit(),
                 "machine": describe_machine("transformers", threads=self.config["tiers"][recipe.tier]["threads"]),
                 "finished": datetime.datetime.now(),

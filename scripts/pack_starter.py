@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Put a pre-trained model into the package, its weights in bfloat16, as `--encoder starter` and `--model starter`:
+
+python scripts/pack_starter.py runs/starter
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+# Python puts this folder on its path, where evaluate.py would hide the package evaluate.
+sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
+import torch  # noqa: E402
+
+from hf_speechcl import SpeechCLForPreTraining  # noqa: E402
+from hf_speechcl.cards import CARD, CURVES  # noqa: E402
+from hf_speechcl.hub import STARTER, WEIGHTS, published_files  # noqa: E402
+
+LARGEST = 20e6  # bytes
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Folder of scripts/pretrain.py.")
+    parser.add_argument("--output_dir", type=Path, default=STARTER, help="Folder to write.")
+    args = parser.parse_args(argv)
+    files = {file.name: file for file in published_files(args.model)}
+    model = SpeechCLForPreTraining.from_pretrained(args.model, dtype=torch.float32)
+    for parameter in model.parameters():  # quantisers, which are buffers, stay what they were
+        parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(args.output_dir)
+    for name in (CARD, CURVES, "preprocessor_config.json"):
+        shutil.copy(files[name], args.output_dir / name)
+    if (size := (args.output_dir / WEIGHTS).stat().st_size) > LARGEST:
+        raise ValueError(f"{args.output_dir / WEIGHTS} has {size / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f} MB")
+    print(f"{args.output_dir}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
