@@ -21,7 +21,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cpu._is_avx512_bf16_suppo
 fi
 common=(--use_cpu True --bf16 "$bf16" --seed "$seed")
 
-echo "1/4  Pre-training on 19 minutes of audio, without text"
+echo "1/4  Pre-training the encoder of the package further on 19 minutes of audio, without text"
 "$python" scripts/pretrain.py --config scripts/configs/quickstart_pretrain.yaml "${common[@]}" \
   --output_dir "$out/encoder" 2> >(tee "$out/encoder.log" >&2)
 

@@ -1,0 +1,68 @@
+"""The encoder that comes with the package, and how it gets there."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from hf_speechcl import SpeechCLForCTC, SpeechCLForPreTraining
+from hf_speechcl.hub import STARTER, find_model
+from hf_speechcl.training.finetune_ctc import main as finetune_ctc
+from hf_speechcl.training.pretrain import main as pretrain
+from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS
+
+
+@pytest.fixture
+def pack_starter(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "scripts")])
+    return importlib.import_module("pack_starter").main
+
+
+def test_starter_is_small_and_has_a_card_that_names_its_data():
+    assert find_model("starter") == str(STARTER)
+    assert (STARTER / "model.safetensors").stat().st_size < 20e6
+    card = (STARTER / "README.md").read_text(encoding="utf-8")
+    for source in ("prompts_en", "pool", "queen_en"):
+        assert source in card
+
+
+def test_a_folder_of_that_name_goes_before_the_package(tmp_path, monkeypatch):
+    (tmp_path / "starter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_model("starter") == "starter"
+
+
+def test_starter_is_what_fine_tuning_and_further_pretraining_begin_with(tmp_path):
+    body = AutoModel.from_pretrained(STARTER, dtype=torch.float32).state_dict()
+    run = [*FAST_RUN, "--max_steps", "1", "--learning_rate", "1e-12", "--weight_decay", "0"]
+    finetune_ctc([*run, "--model", "starter", "--head_learning_rate", "1e-12", "--output_dir", str(tmp_path / "ctc")])
+    pretrain([*run, "--encoder", "starter", "--output_dir", str(tmp_path / "encoder")])
+    for model_class, folder in ((SpeechCLForCTC, "ctc"), (SpeechCLForPreTraining, "encoder")):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
+        model = model_class.from_pretrained(tmp_path / folder)
+        for name, value in model.speechcl.state_dict().items():
+            torch.testing.assert_close(value, body[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_packing_rounds_the_weights_and_nothing_else(pack_starter, tmp_path, capsys):
+    folder, packed = tmp_path / "model", tmp_path / "packed"
+    pretrain([*FAST_RUN, "--max_steps", "1", "--encoder_options", *TINY_OPTIONS, "--output_dir", str(folder)])
+    pack_starter([str(folder), "--output_dir", str(packed)])
+    assert "MB" in capsys.readouterr().out
+    before, after = (load_file(path / "model.safetensors") for path in (folder, packed))
+    buffers = {name for name in before if "quantizer" in name}
+    assert before.keys() == after.keys() and buffers
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value if name in buffers else value.bfloat16(), rtol=0, atol=0)
+    assert json.loads((packed / "config.json").read_text())["objectives"]
+    assert (packed / "README.md").is_file() and (packed / "preprocessor_config.json").is_file()
+
+
+def test_packing_refuses_a_folder_that_could_not_be_published(pack_starter, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        pack_starter([str(tmp_path), "--output_dir", str(tmp_path / "packed")])
