@@ -152,7 +152,7 @@ def test_probe_finds_labels_that_a_line_tells_and_no_others():
 
 
 def test_probe_refuses_a_single_label():
-    with pytest.raises(ValueError, match="frames of two phones, found 1: give more clips"):
+    with pytest.raises(ValueError, match="frames of two phones at least, found 1: give more clips"):
         linear_probe(np.ones((3, 2)), np.zeros(3), np.ones((3, 2)), np.zeros(3))
 
 
@@ -193,7 +193,7 @@ def test_abx_is_nothing_for_separated_and_half_for_identical_distributions():
     means = np.repeat(np.tile(np.eye(8)[:3], (40, 1)), 2, axis=0)
     assert abx_error(means + 0.01 * noise, starts, counts, triples)["abx_error"] == 0
     assert abx_error(noise, starts, counts, triples)["abx_error"] == pytest.approx(0.5, abs=0.05)
-    assert abx_error(np.ones((240, 8)), starts, counts, triples)["abx_error"] == 0.5  # ties
+    assert abx_error(np.ones((240, 8)), starts, counts, triples)["abx_error"] == pytest.approx(0.5, abs=1e-9)  # ties
     again = draw_triples(categories, [""] * 120, max_triples=3000)
     np.testing.assert_array_equal(again.b, triples.b)
 
