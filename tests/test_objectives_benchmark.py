@@ -81,6 +81,8 @@ def small_config(scripts, tmp_path, **changes):
         "conv_dim": 16,
     }
     config["arms"]["transformers_wav2vec2"]["pretraining"] = {"seconds": 0.1, "max_seconds_per_batch": 4, **sizes}
+    halves = [{"share": 0.5}, {"share": 0.5, "continues": True}]
+    config["arms"]["best_rq_in_halves"] = {"like": "best_rq", "stages": halves}
     for number, stage in enumerate(config["arms"]["hubert_2"]["stages"]):
         stage["units"] = {"num_units": 5, "layer": 1} if number else {"num_units": 10}
     for name in ("T1", "T2", "T3"):
@@ -372,6 +374,7 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
         "hubert_2",
         "scratch_whole",
         "transformers_wav2vec2",
+        "best_rq_in_halves",
     ]
     options = [*arms, "--phase", "dev", "--labels", "all"]
     processes, code = compare(*options)
@@ -381,11 +384,14 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     row = rows["best_rq"]
     assert row["cer"] == pytest.approx(sum(row["cer_edits"]) / sum(row["cer_lengths"]))
     assert len(row["clips"]) == len(row["cer_edits"]) == 40
-    assert row["validation_cer"] == pytest.approx(row["cer"], abs=0.02)
+    assert row["validation_cer"] == pytest.approx(row["cer"], abs=0.1)  # of clips whose phones train has
     assert (row["updates"], row["finetuning_updates"]) == (2, 5)
     assert (row["pretraining_cpu_seconds"], row["pretraining_wall_seconds"]) == (10, 20)
     assert rows["hubert_2"]["pretraining_cpu_seconds"] == 2 * (10 + 1)
     assert rows["hubert_2"]["updates"] == 2
+    assert rows["best_rq_in_halves"]["pretraining_cpu_seconds"] == 2 * 10
+    (goes_on,) = [argv for script, argv in processes.calls if script == "pretrain.py" and argv[1].endswith("stage1")]
+    assert "--encoder_options" not in goes_on
     assert rows["scratch"]["updates"] == 0
     assert rows["scratch_whole"]["finetuning_updates"] == 5 * (10 + 10) / 10
     assert rows["transformers_wav2vec2"]["updates"] >= 1

@@ -112,7 +112,7 @@ def normalize(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 def make_batch(model: Wav2Vec2ForPreTraining, clips: list[np.ndarray], seed: list[int]) -> dict[str, torch.Tensor]:
     """A batch with masks and negatives by transformers' own functions, which draw from numpy's global generator."""
     lengths = torch.tensor([len(clip) for clip in clips])
-    values = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(clip) for clip in clips], batch_first=True)
+    values = torch.nn.utils.rnn.pad_sequence([torch.tensor(clip) for clip in clips], batch_first=True)
     mask = torch.arange(values.shape[1]) < lengths[:, None]
     frames = model._get_feat_extract_output_lengths(lengths)
     num_frames = int(model._get_feat_extract_output_lengths(values.shape[1]))
