@@ -5,24 +5,21 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import strict
 
 # The small sizes, for little audio, attend to 0.64 s on either side in each layer; on the embedded corpus that lowered
-# the error rates, pre-trained or not, and it lets long recordings be transcribed in chunks exactly. In place of half of
-# the feed-forward they have a convolution module, by which pre-training gains most (scripts/benchmarks/PROTOCOL.md).
+# the error rates, pre-trained or not, and it lets long recordings be transcribed in chunks exactly.
 SIZES = {
     "tiny": {
         "hidden_size": 256,
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
-        "intermediate_size": 512,
+        "intermediate_size": 1024,
         "sliding_window": 16,
-        "conv_depthwise_kernel_size": 15,
     },
     "small": {
         "hidden_size": 384,
         "num_hidden_layers": 12,
         "num_attention_heads": 6,
-        "intermediate_size": 768,
+        "intermediate_size": 1536,
         "sliding_window": 16,
-        "conv_depthwise_kernel_size": 15,
     },
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
