@@ -5,6 +5,7 @@ python scripts/pack_starter.py runs/starter
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch  # noqa: E402
 
 from hf_speechcl import SpeechCLForPreTraining  # noqa: E402
 from hf_speechcl.cards import CARD, CURVES  # noqa: E402
-from hf_speechcl.hub import STARTER, WEIGHTS, published_files  # noqa: E402
+from hf_speechcl.hub import CODE, STARTER, WEIGHTS, published_files  # noqa: E402
 
 LARGEST = 20e6  # bytes
 
@@ -31,6 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     for parameter in model.parameters():  # quantisers, which are buffers, stay what they were
         parameter.data = parameter.data.bfloat16()
     model.save_pretrained(args.output_dir)
+    config = json.loads((args.output_dir / "config.json").read_text(encoding="utf-8"))
+    del config["auto_map"]  # the package it is in has the classes
+    (args.output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in CODE:
+        (args.output_dir / name).unlink()
     for name in (CARD, CURVES, "preprocessor_config.json"):
         shutil.copy(files[name], args.output_dir / name)
     if (size := (args.output_dir / WEIGHTS).stat().st_size) > LARGEST:

@@ -49,9 +49,12 @@ def data(tmp_path_factory):
         pyarrow.parquet.write_table(pyarrow.table(table | columns), file)
 
     def phones(rows):
-        return {
-            "phones": [["pau", *(letter * 2 for letter in row["text"].lower() if letter.isalpha())] for row in rows]
-        }
+        labels = [["pau", *(letter * 2 for letter in row["text"].lower() if letter.isalpha())] for row in rows]
+        ends = [
+            [row["duration"] * place / len(found) for place in range(1, len(found) + 1)]
+            for row, found in zip(rows, labels)
+        ]
+        return {"phones": labels, "phone_ends": ends}
 
     write("pool/train-0.parquet", clips[:12], source=["festvox-ru"] * 8 + ["other"] * 4)
     write("phones_ru/train.parquet", clips[:60], **phones(clips[:60]))

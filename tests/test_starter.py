@@ -56,11 +56,14 @@ def test_packing_rounds_the_weights_and_nothing_else(pack_starter, tmp_path, cap
     assert "MB" in capsys.readouterr().out
     before, after = (load_file(path / "model.safetensors") for path in (folder, packed))
     buffers = {name for name in before if "quantizer" in name}
-    assert before.keys() == after.keys() and buffers
+    assert buffers
+    assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value if name in buffers else value.bfloat16(), rtol=0, atol=0)
     assert json.loads((packed / "config.json").read_text())["objectives"]
-    assert (packed / "README.md").is_file() and (packed / "preprocessor_config.json").is_file()
+    assert not list(packed.glob("*.py"))
+    for name in ("README.md", "preprocessor_config.json"):
+        assert (packed / name).is_file()
 
 
 def test_packing_refuses_a_folder_that_could_not_be_published(pack_starter, tmp_path):

@@ -146,8 +146,8 @@ def load_config(model_args: FineTuningModelArguments) -> SpeechCLConfig:
         options["use_weighted_layer_sum"] = True
     if model_args.model in SIZES:
         return SpeechCLConfig.from_size(model_args.model, **options)
-    if not Path(model_args.model).is_dir() and "/" not in model_args.model:
-        raise ValueError(f"model {model_args.model!r}: expected {', '.join(SIZES)}, a folder or a Hub name")
+    if not Path(model_args.model).is_dir() and "/" not in model_args.model and model_args.model != "starter":
+        raise ValueError(f"model {model_args.model!r}: expected {', '.join(SIZES)}, starter, a folder or a Hub name")
     config = AutoConfig.from_pretrained(model_args.folder, **options)
     if not isinstance(config, SpeechCLConfig):
         raise ValueError(
