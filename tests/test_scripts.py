@@ -170,7 +170,7 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
         ("pretrain.py", ["--objectives", "best_rq=nan"], "weight of best_rq must be a positive number"),
         ("pretrain.py", ["--objective_options", "best_rq.size=2"], "has no option size: it takes num_codebooks"),
         ("pretrain.py", ["--objective_options", "wav2vec2.temperature=2"], "with one of best_rq, found wav2vec2"),
-        ("pretrain.py", ["--encoder", "huge"], "encoder 'huge': expected tiny, small, base, large, a folder"),
+        ("pretrain.py", ["--encoder", "huge"], "encoder 'huge': expected tiny, small, base, large, starter, a folder"),
         ("pretrain.py", ["--encoder_options", "width=3"], "SpeechCLConfig has no field width"),
         ("pretrain.py", ["--per_device_train_batch_size", "4"], "batches are measured in seconds, set max_seconds"),
         ("pretrain.py", ["--corpus", "/no/such"], "no folder or file /no/such"),
@@ -178,7 +178,7 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
         ("pretrain.py", ["--mask_span", "0"], "mask_span must be positive"),
         ("pretrain.py", ["--max_steps", "many"], "invalid int value: 'many'"),
         ("pretrain.py", ["--config", "/no/such.yaml"], "/no/such.yaml: no such file"),
-        ("finetune_ctc.py", ["--model", "huge"], "model 'huge': expected tiny, small, base, large, a folder"),
+        ("finetune_ctc.py", ["--model", "huge"], "model 'huge': expected tiny, small, base, large, starter, a folder"),
         ("finetune_ctc.py", ["--casing", "title"], "casing must be lower, upper, keep, found 'title'"),
         ("finetune_ctc.py", ["--text_column", "words"], "demo has no column 'words'; it has id, audio, text"),
         ("finetune_ctc.py", ["--mask_feature_span", "100"], "mask_feature_span (100) exceeds the 80 mel bins"),
@@ -242,13 +242,14 @@ def test_same_model_from_scratch_has_the_architecture_and_none_of_the_weights(ro
     assert scratch.config.objectives is None
 
 
-def test_quickstart_builds_its_model():
+@pytest.mark.parametrize(("config", "millions"), [("quickstart_pretrain", 6.3), ("cpu-10min", 5.2), ("cpu-1h", 6.3)])
+def test_configuration_of_a_preset_builds_its_model(config, millions, tmp_path):
     model, *_ = parse_arguments(
         [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments],
         "",
-        ["--config", str(ROOT / "scripts" / "configs" / "quickstart_pretrain.yaml"), "--use_cpu", "True"],
+        ["--config", str(ROOT / f"scripts/configs/{config}.yaml"), "--use_cpu", "True", "--output_dir", str(tmp_path)],
     )
-    assert build_model(model).num_parameters() < 4e6
+    assert build_model(model).num_parameters() / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 def test_unknown_option_in_a_configuration_file_is_named(tmp_path, capsys):
