@@ -4,7 +4,6 @@ Both take one clip at a time, so that nothing is padded and a clip's frames do n
 """
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrained
 
 from .configuration_speechcl import SpeechCLConfig
 from .data.folders import source_name
-from .hub import find_model
+from .hub import find_model, may_be_model
 from .modeling_speechcl import SpeechCLLogMel
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class HiddenStates:
             ValueError: no such layer, or no encoder of that family.
             FileNotFoundError: no such checkpoint.
         """
-        if not Path(name).is_dir() and "/" not in name:
+        if not may_be_model(name):
             raise ValueError(f"model {name!r}: expected a folder or a Hub name")
         folder = find_model(name)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

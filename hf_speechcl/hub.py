@@ -54,6 +54,11 @@ DOWNLOADED = ("*.safetensors", "*.json", "*.py", "*.txt", "*.model")  # nothing 
 RETRY_SECONDS = (1, 2, 4, 8, 16)
 
 
+def may_be_model(name: str) -> bool:
+    """Whether `find_model` may find something by that name, without asking the Hub."""
+    return Path(name).is_dir() or name == STARTER.name or "/" in name
+
+
 def find_model(name: str | Path) -> str:
     """The folder of a model: a local one as it is, one on the Hub as its download, `starter` as that of the package.
 
@@ -67,7 +72,7 @@ def find_model(name: str | Path) -> str:
     """
     if Path(name).is_dir():
         return str(name)
-    if str(name) == "starter":
+    if str(name) == STARTER.name:
         return str(STARTER)
     repo_id, _, revision = str(name).partition("@")
     try:

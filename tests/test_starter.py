@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_speechcl import SpeechCLForCTC, SpeechCLForPreTraining
+from hf_speechcl.features import HiddenStates
 from hf_speechcl.hub import STARTER, find_model
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
 from hf_speechcl.training.pretrain import main as pretrain
@@ -24,6 +25,7 @@ def pack_starter(monkeypatch):
 
 def test_starter_is_small_and_has_a_card_that_names_its_data():
     assert find_model("starter") == str(STARTER)
+    assert HiddenStates.load("starter", [8]).layers == [8]
     assert (STARTER / "model.safetensors").stat().st_size < 20e6
     card = (STARTER / "README.md").read_text(encoding="utf-8")
     for source in ("prompts_en", "pool", "queen_en"):

@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..command_line import option
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data.folders import source_name
-from ..hub import find_model
+from ..hub import find_model, may_be_model
 from ..modeling_speechcl import SpeechCLHeadModel
 from .arguments import SpeechTrainingArguments, parse_config_options
 from .lora import add_lora, check_targets, import_peft
@@ -146,7 +146,7 @@ def load_config(model_args: FineTuningModelArguments) -> SpeechCLConfig:
         options["use_weighted_layer_sum"] = True
     if model_args.model in SIZES:
         return SpeechCLConfig.from_size(model_args.model, **options)
-    if not Path(model_args.model).is_dir() and "/" not in model_args.model and model_args.model != "starter":
+    if not may_be_model(model_args.model):
         raise ValueError(f"model {model_args.model!r}: expected {', '.join(SIZES)}, starter, a folder or a Hub name")
     config = AutoConfig.from_pretrained(model_args.folder, **options)
     if not isinstance(config, SpeechCLConfig):

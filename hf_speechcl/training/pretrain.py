@@ -28,7 +28,7 @@ from ..data.folders import source_name
 from ..data.units import Units
 from ..evaluation.probe import PhoneProbe
 from ..features import HiddenStates
-from ..hub import find_model
+from ..hub import find_model, may_be_model
 from ..pretraining import SpeechCLForPreTraining, objective_options
 from .arguments import (
     PretrainingDataArguments,
@@ -79,7 +79,7 @@ def build_model(model_args: PretrainingModelArguments, units: Units | None = Non
         return SpeechCLForPreTraining(SpeechCLConfig.from_size(model_args.encoder, objectives=objectives, **overrides))
     if overrides:
         raise ValueError("encoder_options change a new encoder: leave them out with an encoder that has its weights")
-    if not Path(model_args.encoder).is_dir() and "/" not in model_args.encoder and model_args.encoder != "starter":
+    if not may_be_model(model_args.encoder):
         raise ValueError(
             f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, starter, a folder or a Hub name"
         )
