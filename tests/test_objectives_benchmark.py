@@ -29,7 +29,7 @@ MINUTES = "0.1"
 def scripts(monkeypatch):
     """The modules of the comparison, by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("tiers", "recipes", "processes", "chains", "comparison_report", "objectives", "peer")
+    names = ("tiers", "recipes", "processes", "chains", "comparison_report", "objectives", "peer", "few_shot")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
         file.parent.mkdir(exist_ok=True)
         table = {key: [row[key] for row in rows] for key in ("audio", "text")}
         table["id"] = [f"{name}/{row['id']}" for row in rows]
-        table["speaker"] = ["one"] * len(rows)
+        table["speaker"] = [f"voice {number % 2}" for number in range(len(rows))]
         table["duration"] = pyarrow.array([row["duration"] for row in rows], pyarrow.float32())
         pyarrow.parquet.write_table(pyarrow.table(table | columns), file)
 
@@ -75,6 +75,7 @@ def small_config(scripts, tmp_path, **changes):
     config = yaml.safe_load(YAML.read_text())
     config["pretraining"] |= {"encoder_options": TINY, "bf16": False}
     config["finetuning"] |= {"bf16": False, "learning_rate": 1e-3}
+    config["few_shot"] = {"splits": ["test"], "n_way": 2, "k_shot": 1, "n_query": 1, "min_clips": 2, "episodes": 20}
     config["arms"]["scratch"].pop("finetuning")
     sizes = {
         "hidden_size": 32,
@@ -168,6 +169,7 @@ def test_test_clips_in_the_pool_are_refused(scripts, data, tmp_path):
     mixed = tmp_path / "mixed"
     (mixed / "phones_ru").mkdir(parents=True)
     (mixed / "pool").symlink_to(data / "pool")
+    (mixed / "queen_en").symlink_to(data / "queen_en")
     changed = table.set_column(table.column_names.index("id"), "id", pyarrow.array([name] * len(table)))
     pyarrow.parquet.write_table(changed, mixed / "phones_ru/test.parquet")
     (mixed / "phones_ru/train.parquet").symlink_to(data / "phones_ru/train.parquet")
@@ -309,6 +311,7 @@ class FakeProcesses(dict):
             raise self.scripts.processes.RunError(f"{script} ended with 1")
         mains = {"pretrain.py": pretrain, "finetune_ctc.py": finetune_ctc, "evaluate.py": evaluate}
         mains |= {"make_units.py": make_units, "benchmarks/peer.py": self.scripts.peer.main}
+        mains["benchmarks/few_shot.py"] = self.scripts.few_shot.main
         mains[script](argv)
         return {"wall_seconds": 20.0, "cpu_seconds": 10.0 if script != "make_units.py" else 1.0}
 
@@ -389,6 +392,8 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert len(row["clips"]) == len(row["cer_edits"]) == 40
     assert row["validation_cer"] == pytest.approx(row["cer"], abs=0.1)  # of clips whose phones train has
     assert (row["updates"], row["finetuning_updates"]) == (2, 5)
+    assert 0.3 < row["few_shot"] <= 1  # of two speakers
+    assert rows["scratch"]["few_shot"] is None
     assert (row["pretraining_cpu_seconds"], row["pretraining_wall_seconds"]) == (10, 20)
     assert rows["hubert_2"]["pretraining_cpu_seconds"] == 2 * (10 + 1)
     assert rows["hubert_2"]["updates"] == 2

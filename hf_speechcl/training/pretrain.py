@@ -53,8 +53,8 @@ DESCRIPTION = """Pre-train a SpeechCL encoder on speech without transcripts.
   Two objectives on one encoder pass, options of one changed:
     python scripts/pretrain.py --objectives best_rq=1.0 wav2vec2=0.5 --objective_options best_rq.codebook_size=1024
   From a file, with one option changed; on all GPUs of a machine; a killed run goes on:
-    accelerate launch scripts/pretrain.py --config scripts/configs/pretrain_base.yaml --learning_rate 1e-3
-    accelerate launch scripts/pretrain.py --config scripts/configs/pretrain_base.yaml --resume_from_checkpoint last
+    accelerate launch scripts/pretrain.py --config scripts/configs/gpu-1h.yaml --learning_rate 1e-3
+    accelerate launch scripts/pretrain.py --config scripts/configs/gpu-1h.yaml --resume_from_checkpoint last
   Views of an utterance against those of others; classes of a column of metadata, for a Prototypical network:
     python scripts/pretrain.py --objectives info_nce --view_augmentations gain=1 noise=0.5 --noise_corpus my_noise
     python scripts/pretrain.py --objectives prototypical --corpus my_audio --label_column speaker

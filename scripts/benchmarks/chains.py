@@ -142,6 +142,20 @@ class Comparison:
                 took |= {name: value + (part.get(name) or 0) for name, value in took.items()}
         return encoder, took
 
+    def _few_shot(self, chain: Chain, encoder: Path | None, lock: int) -> float | None:
+        """Accuracy of telling speakers by a few clips; None from scratch and of the peer."""
+        if encoder is None or chain.recipe.is_peer:
+            return None
+        file = chain.folder / "few_shot.json"
+        if not file.is_file():
+            begun = beside(chain.folder / "few_shot", ".begun.json")
+            options = {**self.config["few_shot"], "models": [str(encoder)], "output_file": str(begun)}
+            options["corpus"] = [self.data[chain.recipe.tier].voices]
+            log = beside(chain.folder / "few_shot", ".log")
+            self.processes[chain.recipe.tier].run("benchmarks/few_shot.py", to_argv(options), log, lock)
+            begun.replace(file)
+        return json.loads(file.read_text(encoding="utf-8"))["results"][str(encoder)]["accuracy"]
+
     def _finetune(self, chain: Chain, size: str, encoder: Path | None, pretraining: dict, lock: int) -> None:
         recipe, data = chain.recipe, self.data[chain.recipe.tier]
         folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
@@ -196,6 +210,7 @@ class Comparison:
                 "resumed": bool(took["resumed"] or pretraining["resumed"]),
                 "parameters": took["parameters"],
                 **probe_scores(encoder),
+                "few_shot": self._few_shot(chain, encoder, lock),
                 "commit": commit(),
                 "machine": describe_machine("transformers", threads=self.config["tiers"][recipe.tier]["threads"]),
                 "finished": datetime.datetime.now(),

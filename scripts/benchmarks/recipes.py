@@ -13,7 +13,7 @@ from tiers import PHASES, TIERS
 SHARED_WITH_PEER = ("max_steps", "max_seconds_per_batch", "bf16")
 ENCODER_OPTIONS = ("encoder", "encoder_options")
 KEYS = {
-    "config": {"reference_arm", "keep_models", "save_steps", "tiers", "arms", "quick"}
+    "config": {"reference_arm", "keep_models", "save_steps", "few_shot", "tiers", "arms", "quick"}
     | {"pretraining", "finetuning", "finetuning_by_labels"},
     "tier": {"threads", "device", "scores", "labels", "seconds_per_update"}
     | {"pretraining", "finetuning", "finetuning_by_labels"},

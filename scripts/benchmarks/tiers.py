@@ -54,9 +54,10 @@ class TierData:
     def __init__(self, name: str, data: Path, folder: Path):
         self.name, self.data, self.folder = name, data, folder / name
         needed = ["pool"] if name == "T1" else ["pool", "prompts_en", "queen_en"]
-        if missing := [part for part in [*needed, "phones_ru"] if not (data / part).is_dir()]:
+        parts = dict.fromkeys([*needed, "phones_ru", "queen_en"])
+        if missing := [part for part in parts if not (data / part).is_dir()]:
             raise FileNotFoundError(f"data: {data} has no {', '.join(missing)}, which {name} is made of or probed with")
-        self.probe = str(data / "phones_ru")
+        self.probe, self.voices = str(data / "phones_ru"), str(data / "queen_en")
         if name == "T1":
             make_once(self.folder / "sources", self._make_phones)
             self.unlabelled = [str(self.folder / "sources/unlabelled")]
