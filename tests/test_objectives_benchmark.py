@@ -430,7 +430,8 @@ def test_a_failing_run_is_counted_and_the_others_go_on(compare, caplog):
     assert "failed: best_rq seed 0, 1 label sizes left. pretrain.py ended with 1" in caplog.text
     processes, code = compare("--arms", "best_rq", "scratch", "--labels", MINUTES)
     assert code == 0
-    assert [script for script, _ in processes.calls] == ["pretrain.py", "finetune_ctc.py", "evaluate.py"]
+    scripts = [script for script, _ in processes.calls]
+    assert scripts == ["pretrain.py", "finetune_ctc.py", "evaluate.py", "benchmarks/few_shot.py"]
 
 
 def test_equal_time_is_measured_in_rows_that_must_be_there(compare, caplog):
