@@ -146,15 +146,15 @@ class Comparison:
         """Accuracy of telling speakers by a few clips; None from scratch and of the peer."""
         if encoder is None or chain.recipe.is_peer:
             return None
-        file = chain.folder / "few_shot.json"
-        if not file.is_file():
-            begun = beside(chain.folder / "few_shot", ".begun.json")
-            options = {**self.config["few_shot"], "models": [str(encoder)], "output_file": str(begun)}
-            options["corpus"] = [self.data[chain.recipe.tier].voices]
-            log = beside(chain.folder / "few_shot", ".log")
-            self.processes[chain.recipe.tier].run("benchmarks/few_shot.py", to_argv(options), log, lock)
-            begun.replace(file)
-        return json.loads(file.read_text(encoding="utf-8"))["results"][str(encoder)]["accuracy"]
+        tier, file = chain.recipe.tier, chain.folder / "few_shot.scores.json"
+
+        def measure() -> float:
+            options = {**self.config["few_shot"], "models": [str(encoder)], "corpus": [self.data[tier].voices]}
+            argv = to_argv({**options, "output_file": str(file)})
+            self.processes[tier].run("benchmarks/few_shot.py", argv, file.with_name("few_shot.log"), lock)
+            return json.loads(file.read_text(encoding="utf-8"))["results"][str(encoder)]["accuracy"]
+
+        return self._kept(chain, "few_shot", measure)
 
     def _finetune(self, chain: Chain, size: str, encoder: Path | None, pretraining: dict, lock: int) -> None:
         recipe, data = chain.recipe, self.data[chain.recipe.tier]
@@ -220,7 +220,7 @@ class Comparison:
             (folder / "model.safetensors").unlink()
 
     def _kept(self, chain: Chain, name: str, measure) -> float:
-        """A number measured in rows once: it stays what it was when the chain began."""
+        """A number measured once for a chain, which stays what it was then."""
         return made_once(chain.folder / f"{name}.json", lambda: {"value": measure()})["value"]
 
     def _mean(self, chain: Chain, arm: str, pretraining: str | None, value, **same) -> float:
