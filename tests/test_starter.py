@@ -28,7 +28,7 @@ def test_starter_is_small_and_has_a_card_that_names_its_data():
     assert HiddenStates.load("starter", [6]).layers == [6]
     assert (STARTER / "model.safetensors").stat().st_size < 20e6
     card = (STARTER / "README.md").read_text(encoding="utf-8")
-    for source in ("prompts_en", "pool", "queen_en"):
+    for source in ("prompts_en", "pool"):
         assert source in card
 
 
