@@ -87,8 +87,9 @@ def small_config(scripts, tmp_path, **changes):
     config["arms"]["transformers_wav2vec2"]["pretraining"] = {"seconds": 0.1, "max_seconds_per_batch": 4, **sizes}
     halves = [{"share": 0.5}, {"share": 0.5, "continues": True}]
     config["arms"]["best_rq_in_halves"] = {"like": "best_rq", "stages": halves}
-    for number, stage in enumerate(config["arms"]["hubert_2"]["stages"]):
-        stage["units"] = {"num_units": 5, "layer": 1} if number else {"num_units": 10}
+    for arm in ("hubert", "hubert+best_rq", "hubert_2", "hubert_guided"):
+        for stage in config["arms"][arm]["stages"]:
+            stage["units"] |= {"num_units": 5, "layer": 1} if "layer" in stage["units"] else {"num_units": 10}
     for name in ("T1", "T2", "T3"):
         tier = config["tiers"][name]
         tier |= {
@@ -258,7 +259,7 @@ def test_plan_leaves_out_what_has_a_row_and_makes_what_changed_anew(scripts, tmp
 def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_path):
     config, _ = small_config(scripts, tmp_path)
     arms = {chain.recipe.arm for chain in plan(scripts, config, tmp_path, table="time")}
-    left_out = {"scratch", "scratch_whole", "frozen_random", "log_mel", "best_rq", "transformers_wav2vec2"}
+    left_out = {"scratch", "scratch_whole", "frozen_random", "log_mel", "hubert+best_rq", "transformers_wav2vec2"}
     assert arms == set(config["arms"]) - left_out
 
 
@@ -347,6 +348,11 @@ def test_seconds_of_a_resumed_run_are_in_proportion_to_its_updates(scripts, tmp_
 # Whole chains
 
 
+def options_of(argv):
+    """The first value of every option of a command line."""
+    return {name[2:]: value for name, value in zip(argv, argv[1:]) if name.startswith("--")}
+
+
 @pytest.fixture
 def compare(scripts, data, tmp_path, monkeypatch):
     """Runs the front door with tiny models; the processes, and what it returned."""
@@ -377,7 +383,9 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
         "frozen_random",
         "log_mel",
         "best_rq",
+        "hubert+best_rq",
         "hubert_2",
+        "hubert_guided",
         "scratch_whole",
         "transformers_wav2vec2",
         "best_rq_in_halves",
@@ -396,12 +404,24 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert rows["scratch"]["few_shot"] is None
     assert (row["pretraining_cpu_seconds"], row["pretraining_wall_seconds"]) == (10, 20)
     assert rows["hubert_2"]["pretraining_cpu_seconds"] == 2 * (10 + 1)
-    assert rows["hubert_2"]["updates"] == 2
+    assert rows["hubert_2"]["updates"] == rows["hubert_guided"]["updates"] == 2
+    # Two trainings of an encoder and one of a recogniser, two sets of units.
+    assert rows["hubert_guided"]["pretraining_cpu_seconds"] == 3 * 10 + 2 * 1
+    guide, recognizer = (
+        options_of(argv)
+        for script, argv in processes.calls
+        if script == "finetune_ctc.py" and "/hubert_guided/" in options_of(argv)["model"]
+    )
+    assert (guide["max_steps"], recognizer["max_steps"]) == ("2", "5")
+    assert guide["corpus"] == recognizer["corpus"]
+    units = [options_of(argv) for script, argv in processes.calls if script == "make_units.py"]
+    assert guide["output_dir"] in [own.get("features") for own in units]
+    assert "/stage2-dev-all-" in recognizer["model"]
     assert rows["best_rq_in_halves"]["pretraining_cpu_seconds"] == 2 * 10
     (goes_on,) = [argv for script, argv in processes.calls if script == "pretrain.py" and argv[1].endswith("stage1")]
     assert "--encoder_options" not in goes_on
     assert rows["scratch"]["updates"] == 0
-    assert rows["scratch_whole"]["finetuning_updates"] == 5 * (10 + 10) / 10
+    assert rows["scratch_whole"]["finetuning_updates"] == 5 + round(5 * (10 + 1) / 10)
     assert rows["transformers_wav2vec2"]["updates"] >= 1
     assert rows["log_mel"]["parameters"] < rows["scratch"]["parameters"]
     assert not list(compare.folder.glob("runs/**/checkpoint-*"))
@@ -439,7 +459,7 @@ def test_equal_time_is_measured_in_rows_that_must_be_there(compare, caplog):
     _, code = compare(*options, "--table", "time")
     assert code == 1
     assert "run --arms denoising --table updates first" in caplog.text
-    assert compare("--arms", "denoising", "best_rq", "--labels", MINUTES)[1] == 0
+    assert compare("--arms", "denoising", "hubert+best_rq", "--labels", MINUTES)[1] == 0
     _, code = compare(*options, "--table", "time")
     assert code == 0
     assert [row["updates"] for row in compare.rows() if row["table"] == "time"] == [2]

@@ -81,8 +81,8 @@ class Comparison:
         left = len(chain.sizes)
         try:
             with only_one(chain.folder) as lock:
-                encoder, took = self._pretrain(chain, lock)
                 for size in chain.sizes:
+                    encoder, took = self._pretrain(chain, size, lock)
                     self._finetune(chain, size, encoder, took, lock)
                     left -= 1
                     logger.info("finished %s", chain.run_name(size))
@@ -107,9 +107,10 @@ class Comparison:
         argv = [*script[1:], *to_argv({**options, **shown})]
         return train(self.processes[chain.recipe.tier], script[0], folder, argv, self.config["save_steps"], lock)
 
-    def _pretrain(self, chain: Chain, lock: int) -> tuple[Path | None, dict]:
-        """The encoder's folder, None from scratch; and what it took."""
-        recipe, encoder = chain.recipe, None
+    def _pretrain(self, chain: Chain, size: str, lock: int) -> tuple[Path | None, dict]:
+        """The encoder's folder, None from scratch; and what it took. From the first stage on whose units are of an
+        encoder fine-tuned on labels, they are made for each label size apart."""
+        recipe, encoder, of_size = chain.recipe, None, ""
         took = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "audio_hours": 0.0, "resumed": False}
         corpus = {"corpus": self.data[recipe.tier].unlabelled}
         script = (PEER, "pretrain") if recipe.is_peer else ("pretrain.py",)
@@ -124,9 +125,17 @@ class Comparison:
                 options["max_steps"] = max(1, round(options["max_steps"] * scale))
             done = []
             if stage["units"] is not None:
-                folder = chain.folder / f"units{number}"
-                units = {**stage["units"], **corpus, "output_dir": str(folder), "seed": chain.seed}
-                units |= {"features": str(encoder)} if "layer" in units else {}
+                units = {**stage["units"], **corpus, "seed": chain.seed}
+                if share := units.pop("finetuned", None):
+                    of_size = f"-{chain.phase}-{size}-{recipe.finetuning_hash(size)}"
+                    guide = chain.folder / f"guide{number}{of_size}"
+                    made = self._train_recognizer(chain, size, encoder, guide, lock, share)
+                    done.append({name: value for name, value in made.items() if name not in ("updates", "audio_hours")})
+                    units["features"] = str(guide)
+                elif "layer" in units:
+                    units["features"] = str(encoder)
+                folder = chain.folder / f"units{number}{of_size}"
+                units["output_dir"] = str(folder)
                 units |= {"device": "cpu"} if self._on_cpu(chain) else {}
                 make = partial(
                     self.processes[recipe.tier].run, "make_units.py", to_argv(units), beside(folder, ".log"), lock
@@ -136,7 +145,7 @@ class Comparison:
             if stage["continues"]:
                 options["encoder"] = str(encoder)
                 options.pop("encoder_options", None)
-            encoder = chain.folder / f"stage{number}"
+            encoder = chain.folder / f"stage{number}{of_size}"
             done.append(self._train(chain, script, encoder, options, lock))
             for part in done:
                 took |= {name: value + (part.get(name) or 0) for name, value in took.items()}
@@ -146,21 +155,24 @@ class Comparison:
         """Accuracy of telling speakers by a few clips; None from scratch and of the peer."""
         if encoder is None or chain.recipe.is_peer:
             return None
-        tier, file = chain.recipe.tier, chain.folder / "few_shot.scores.json"
+        tier, name = chain.recipe.tier, encoder.name.replace(f"stage{len(chain.recipe.stages)}", "few_shot")
+        file = chain.folder / f"{name}.scores.json"
 
         def measure() -> float:
             options = {**self.config["few_shot"], "models": [str(encoder)], "corpus": [self.data[tier].voices]}
             argv = to_argv({**options, "output_file": str(file)})
-            self.processes[tier].run("benchmarks/few_shot.py", argv, file.with_name("few_shot.log"), lock)
+            self.processes[tier].run("benchmarks/few_shot.py", argv, beside(chain.folder / name, ".log"), lock)
             return json.loads(file.read_text(encoding="utf-8"))["results"][str(encoder)]["accuracy"]
 
-        return self._kept(chain, "few_shot", measure)
+        return self._kept(chain, name, measure)
 
-    def _finetune(self, chain: Chain, size: str, encoder: Path | None, pretraining: dict, lock: int) -> None:
-        recipe, data = chain.recipe, self.data[chain.recipe.tier]
-        folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
-        labels = data.labels(chain.phase, size, chain.seed)
-        options = {**recipe.finetuning[size], "corpus": [labels.corpus]}
+    def _train_recognizer(
+        self, chain: Chain, size: str, encoder: Path | None, folder: Path, lock: int, share: float = 1.0
+    ) -> dict:
+        """Fine-tune into the folder for a share of the updates, from new weights without an encoder; what it took."""
+        recipe = chain.recipe
+        corpus = self.data[recipe.tier].labels(chain.phase, size, chain.seed).corpus
+        options = {**recipe.finetuning[size], "corpus": [corpus]}
         if encoder is not None:
             options["model"] = str(encoder)
         else:
@@ -169,9 +181,16 @@ class Comparison:
         if recipe.takes_whole_budget:
             name = f"{folder.name}.updates"
             options["max_steps"] = self._kept(chain, name, partial(self._whole_budget, chain, size))
+        options["max_steps"] = max(1, round(share * options["max_steps"]))
         options["load_best_model_at_end"] = False
         script = (PEER, "finetune") if recipe.is_peer else ("finetune_ctc.py",)
-        took = self._train(chain, script, folder, options, lock)
+        return self._train(chain, script, folder, options, lock)
+
+    def _finetune(self, chain: Chain, size: str, encoder: Path | None, pretraining: dict, lock: int) -> None:
+        recipe = chain.recipe
+        folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
+        labels = self.data[recipe.tier].labels(chain.phase, size, chain.seed)
+        took = self._train_recognizer(chain, size, encoder, folder, lock)
         scores_file = beside(folder, ".scores.json")
         begun = beside(folder, ".begun.json")
         source, split = labels.scored

@@ -31,7 +31,7 @@ class Recipe:
     Attributes:
         tier, arm: names.
         stages: `{"units", "continues", "pretraining"}` each, in their order; none for an arm from scratch.
-        encoder: options of the encoder, for arms from scratch.
+        encoder: options of the encoder, for models with new weights.
         is_peer: whether peer.py trains it.
         takes_whole_budget: whether it is fine-tuned for as long as others are pre-trained and fine-tuned.
         finetuning: options by label size.
@@ -120,7 +120,7 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         if is_peer:
             shared = {name: shared[name] for name in SHARED_WITH_PEER if name in shared}
         finetuning[size] = _merge(shared, *(_finetuning(layer, size) for layer in of_arm))
-    encoder = {} if stages else {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
+    encoder = {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
     return Recipe(tier, arm, stages, encoder, is_peer, bool(own.get("whole_budget")), finetuning)
 
 
@@ -148,17 +148,18 @@ def _inherited(arms: dict[str, dict], name: str) -> dict:
     if arm.get("like") is None:
         return arm
     like = _inherited(arms, arm["like"])
-    return _merge(like, {key: value for key, value in arm.items() if key != "like"})
+    return _merge(like, {key: value for key, value in arm.items() if key != "like"}, keeps_null=True)
 
 
-def _merge(*parts: dict) -> dict:
-    """Mappings within mappings are merged, everything else is replaced; null takes an option away."""
+def _merge(*parts: dict, keeps_null: bool = False) -> dict:
+    """Mappings within mappings are merged, everything else is replaced; null takes an option away, or stays to take it
+    away from what this is merged into."""
     merged: dict = {}
     for part in parts:
         for name, value in part.items():
             if isinstance(value, dict) and isinstance(merged.get(name), dict):
-                merged[name] = _merge(merged[name], value)
-            elif value is None:
+                merged[name] = _merge(merged[name], value, keeps_null=keeps_null)
+            elif value is None and not keeps_null:
                 merged.pop(name, None)
             else:
                 merged[name] = copy.deepcopy(value)
