@@ -2,6 +2,9 @@
 """Put a pre-trained model into the package, its weights in bfloat16, as `--encoder starter` and `--model starter`:
 
 python scripts/pack_starter.py runs/starter
+
+Of an encoder trained with hubert and another objective, hubert's head stays behind: its units are not in the package, and
+training with other units would be refused.
 """
 
 import argparse
@@ -15,7 +18,7 @@ sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__fi
 
 import torch  # noqa: E402
 
-from hf_speechcl import SpeechCLForPreTraining  # noqa: E402
+from hf_speechcl import SpeechCLConfig, SpeechCLForPreTraining  # noqa: E402
 from hf_speechcl.cards import CARD, CURVES  # noqa: E402
 from hf_speechcl.hub import CODE, STARTER, WEIGHTS, published_files  # noqa: E402
 
@@ -28,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=STARTER, help="Folder to write.")
     args = parser.parse_args(argv)
     files = {file.name: file for file in published_files(args.model)}
-    model = SpeechCLForPreTraining.from_pretrained(args.model, dtype=torch.float32)
+    config = SpeechCLConfig.from_pretrained(args.model)
+    config.objectives = {name: own for name, own in config.objectives.items() if name != "hubert"} or config.objectives
+    model = SpeechCLForPreTraining.from_pretrained(args.model, config=config, dtype=torch.float32)
     for parameter in model.parameters():  # quantisers, which are buffers, stay what they were
         parameter.data = parameter.data.bfloat16()
     model.save_pretrained(args.output_dir)
