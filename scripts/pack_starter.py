@@ -3,8 +3,8 @@
 
 python scripts/pack_starter.py runs/starter
 
-Of an encoder trained with hubert and another objective, hubert's head stays behind: its units are not in the package, and
-training with other units would be refused.
+Of an encoder trained with hubert and another objective, hubert's head stays behind: its units are not in the package,
+and training with other units would be refused.
 """
 
 import argparse
