@@ -13,6 +13,7 @@ from hf_speechcl import SpeechCLForCTC, SpeechCLForPreTraining
 from hf_speechcl.features import HiddenStates
 from hf_speechcl.hub import STARTER, find_model
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
+from hf_speechcl.training.make_units import main as make_units
 from hf_speechcl.training.pretrain import main as pretrain
 from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS
 
@@ -66,6 +67,23 @@ def test_packing_rounds_the_weights_and_nothing_else(pack_starter, tmp_path, cap
     assert not list(packed.glob("*.py"))
     for name in ("README.md", "preprocessor_config.json"):
         assert (packed / name).is_file()
+
+
+def test_packed_encoder_goes_on_with_units_of_any_kind(pack_starter, tmp_path):
+    folder, packed, units = tmp_path / "model", tmp_path / "packed", tmp_path / "units"
+    few = ["--train_split", "validation", "--validation_split", "test"]
+    make_units([*few, "--output_dir", str(units), "--num_units", "5"])
+    with_units = [*FAST_RUN, *few, "--max_steps", "1", "--objectives", "hubert", "best_rq", "--units", str(units)]
+    pretrain([*with_units, "--encoder_options", *TINY_OPTIONS, "--output_dir", str(folder)])
+    pack_starter([str(folder), "--output_dir", str(packed)])
+    assert list(json.loads((packed / "config.json").read_text())["objectives"]) == ["best_rq"]
+    assert not [name for name in load_file(packed / "model.safetensors") if name.startswith("objectives.hubert")]
+    others = tmp_path / "others"
+    make_units([*few, "--output_dir", str(others), "--num_units", "7"])
+    with_units[-1] = str(others)
+    pretrain([*with_units, "--encoder", str(packed), "--output_dir", str(tmp_path / "further")])
+    with pytest.raises(ValueError, match="mismatched units"):
+        pretrain([*with_units, "--encoder", str(folder), "--output_dir", str(tmp_path / "refused")])
 
 
 def test_packing_refuses_a_folder_that_could_not_be_published(pack_starter, tmp_path):
