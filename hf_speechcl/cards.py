@@ -399,15 +399,15 @@ def write_card(
         sections: title, summary, data (rows of `data_row`), model, training, results and limits.
     """
     name = folder.name if folder.is_absolute() else folder.as_posix()
+    # Units are of one corpus: hubert has none for other audio.
+    objectives = {key: value for key, value in (config.objectives or {}).items() if key != "hubert"} or {"best_rq": {}}
     values = {
         "name": name,
         "frame": f"{1000 * config.inputs_to_logits_ratio / config.sampling_rate:g}",
         "sampling_rate": config.sampling_rate,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
-        "objectives": " ".join(
-            f"{key}={value.get('weight', 1.0):g}" for key, value in (config.objectives or {}).items()
-        ),
+        "objectives": " ".join(f"{key}={value.get('weight', 1.0):g}" for key, value in objectives.items()),
         "chunks": describe_chunks(config),
     }
     usage = re.sub(r"\{(\w+)\}", lambda field: str(values[field[1]]), usage)

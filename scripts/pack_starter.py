@@ -32,7 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files = {file.name: file for file in published_files(args.model)}
     config = SpeechCLConfig.from_pretrained(args.model)
-    config.objectives = {name: own for name, own in config.objectives.items() if name != "hubert"} or config.objectives
+    objectives = config.objectives or {}
+    config.objectives = {name: own for name, own in objectives.items() if name != "hubert"}
+    if not config.objectives:
+        raise ValueError(
+            f"{args.model} was pre-trained with {', '.join(objectives) or 'no objective'}: nothing could go on from it "
+            "with other audio; pre-train with another objective, or with another one beside hubert"
+        )
     model = SpeechCLForPreTraining.from_pretrained(args.model, config=config, dtype=torch.float32)
     for parameter in model.parameters():  # quantisers, which are buffers, stay what they were
         parameter.data = parameter.data.bfloat16()

@@ -197,6 +197,10 @@ def test_options_of_an_arm_go_over_those_of_its_tier_and_of_all(scripts, tmp_pat
     assert options["objective_options"] == {"best_rq.num_codebooks": 2, "best_rq.codebook_size": 64}
     assert options["max_steps"] == 2
     assert "mask_span" not in options
+    config["arms"]["plain"] = {"like": "mine", "finetuning": None}
+    plain = scripts.recipes.build_recipe(config, "T2", "plain", [MINUTES])
+    assert plain.finetuning[MINUTES]["learning_rate"] == config["finetuning"]["learning_rate"]
+    assert "mask_span" not in plain.stages[0]["pretraining"]
     assert recipe.finetuning[MINUTES]["learning_rate"] == recipe.finetuning["all"]["learning_rate"] == 4
     assert recipe.finetuning["all"]["head_learning_rate"] == 7
     assert recipe.finetuning[MINUTES]["head_learning_rate"] != 7
@@ -233,6 +237,9 @@ def test_options_stand_on_the_command_line_as_the_scripts_read_them(scripts):
 def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
     with pytest.raises(ValueError, match=r"arms.x: unknown pretrainig"):
         small_config(scripts, tmp_path, arms={"x": {"pretrainig": {}}})
+    guided = {"stages": [{"units": {"layer": 1, "finetuned": 0.5}}]}
+    with pytest.raises(ValueError, match=r"arms.x.stages\[0\]: finetuned needs an encoder"):
+        small_config(scripts, tmp_path, arms={"x": guided})
     with pytest.raises(ValueError, match="reference_arm: there is no arm 'y'"):
         small_config(scripts, tmp_path, reference_arm="y")
 
@@ -260,6 +267,7 @@ def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_pa
     config, _ = small_config(scripts, tmp_path)
     arms = {chain.recipe.arm for chain in plan(scripts, config, tmp_path, table="time")}
     left_out = {"scratch", "scratch_whole", "frozen_random", "log_mel", "hubert+best_rq", "transformers_wav2vec2"}
+    left_out.add("hubert_guided")
     assert arms == set(config["arms"]) - left_out
 
 
@@ -425,7 +433,8 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert rows["transformers_wav2vec2"]["updates"] >= 1
     assert rows["log_mel"]["parameters"] < rows["scratch"]["parameters"]
     assert not list(compare.folder.glob("runs/**/checkpoint-*"))
-    assert not list(compare.folder.glob("runs/**/dev-*/model.safetensors"))
+    for finetuned in ("dev", "guide"):
+        assert not list(compare.folder.glob(f"runs/**/{finetuned}*/model.safetensors"))
     report = (compare.folder / "report.md").read_text()
     assert report in capsys.readouterr().out
     assert "| best_rq | " in report

@@ -78,10 +78,13 @@ def test_packed_encoder_goes_on_with_units_of_any_kind(pack_starter, tmp_path):
     pack_starter([str(folder), "--output_dir", str(packed)])
     assert list(json.loads((packed / "config.json").read_text())["objectives"]) == ["best_rq"]
     assert not [name for name in load_file(packed / "model.safetensors") if name.startswith("objectives.hubert")]
-    others = tmp_path / "others"
+    others, alone = tmp_path / "others", tmp_path / "alone"
     make_units([*few, "--output_dir", str(others), "--num_units", "7"])
     with_units[-1] = str(others)
     pretrain([*with_units, "--encoder", str(packed), "--output_dir", str(tmp_path / "further")])
+    pretrain([*with_units, "--objectives", "hubert", "--encoder_options", *TINY_OPTIONS, "--output_dir", str(alone)])
+    with pytest.raises(ValueError, match="was pre-trained with hubert: nothing could go on from it"):
+        pack_starter([str(alone), "--output_dir", str(packed)])
     with pytest.raises(ValueError, match="mismatched units"):
         pretrain([*with_units, "--encoder", str(folder), "--output_dir", str(tmp_path / "refused")])
 

@@ -39,7 +39,8 @@ DESCRIPTION = """Cluster the frames of a corpus by k-means into units, for the o
   With some transcripts, better ones still, of an encoder fine-tuned on these (CTC clustering: Wang et al. 2022, arXiv
   2206.10125), and a new encoder that predicts these:
     python scripts/finetune_ctc.py --corpus my_labelled_audio --model runs/hubert1 --output_dir runs/guide
-    python scripts/make_units.py --corpus my_audio --features runs/guide --layer 6 --output_dir runs/units2
+    python scripts/make_units.py --corpus my_audio --features runs/guide --layer 6 --output_dir runs/units3
+    python scripts/pretrain.py --corpus my_audio --objectives hubert --units runs/units3 --output_dir runs/hubert3
 
 Give both scripts the same corpus, splits, max_seconds and min_seconds. Centroids are fitted on the train split alone;
 every clip of train and validation gets its units. The output folder holds kmeans.safetensors, units.parquet and

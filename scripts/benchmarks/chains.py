@@ -141,6 +141,8 @@ class Comparison:
                     self.processes[recipe.tier].run, "make_units.py", to_argv(units), beside(folder, ".log"), lock
                 )
                 done.append(made_once(beside(folder, ".json"), make))
+                if of_size and not self.config["keep_models"]:
+                    (guide / "model.safetensors").unlink(missing_ok=True)
                 options["units"] = str(folder)
             if stage["continues"]:
                 options["encoder"] = str(encoder)

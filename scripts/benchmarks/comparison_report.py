@@ -175,14 +175,15 @@ def describe_reduction(found: dict) -> str:
 
 
 def cost_table(cells: Cells) -> list[str]:
-    """What the pre-training of each arm took, and what else its encoder is worth where that was measured."""
+    """What the pre-training of each arm took, and what else its encoder is worth where that was measured: means over
+    seeds and label sizes, which share an encoder unless it was made for each."""
     lines = [
         "| arm | hours of audio seen | updates | pre-training, CPU minutes | wall minutes | parameters | "
         "probe accuracy | ABX error | few-shot |",
         "|---" * 9 + "|",
     ]
     for arm, own in cells.items():
-        rows = list({row["seed"]: row for cell in own.values() for row in cell.rows}.values())
+        rows = [row for cell in own.values() for row in cell.rows]
 
         def mean(column: str, form: str, scale: float = 1.0, rows=rows) -> str:
             found = [row[column] for row in rows if row.get(column) is not None]

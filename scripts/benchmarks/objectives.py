@@ -86,6 +86,9 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
                 recipe = build_recipe(config, tier, arm, sizes, args.quick)
                 if args.table == "time" and arm in same_in_both_tables(config):
                     continue
+                if args.table == "time" and recipe.guided_from is not None:
+                    logger.warning("%s is left out: its time differs by label size, and is not scaled", arm)
+                    continue
                 measured_in = reference if args.table == "time" or recipe.needs_rows else None
                 folder = output / "runs" / tier / arm / chain_name(recipe, seed, measured_in)
                 chain = Chain(recipe, seed, args.table, args.phase, folder, sizes, measured_in)
@@ -102,9 +105,14 @@ def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | No
     per_update = dict(tier["seconds_per_update"])
     if same:
         per_update["pretraining"] = same[-1][f"pretraining_{clock_of(tier)}_seconds"] / same[-1]["updates"]
-    seconds = sum(float(stage["pretraining"].get("seconds", 0)) for stage in recipe.stages)
-    seconds += per_update["pretraining"] * (recipe.updates or 0)
-    seconds += per_update["finetuning"] * sum(recipe.finetuning[size]["max_steps"] for size in chain.sizes)
+    finetuning = [recipe.finetuning[size]["max_steps"] for size in chain.sizes]
+    seconds = per_update["finetuning"] * sum(finetuning)
+    for number, stage in enumerate(recipe.stages):
+        options = stage["pretraining"]
+        once = float(options.get("seconds", 0)) + per_update["pretraining"] * options.get("max_steps", 0)
+        is_guided = recipe.guided_from is not None and number >= recipe.guided_from
+        seconds += once * (len(chain.sizes) if is_guided else 1)
+        seconds += per_update["finetuning"] * (stage["units"] or {}).get("finetuned", 0) * sum(finetuning)
     return seconds / 60
 
 

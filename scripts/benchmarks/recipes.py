@@ -31,7 +31,7 @@ class Recipe:
     Attributes:
         tier, arm: names.
         stages: `{"units", "continues", "pretraining"}` each, in their order; none for an arm from scratch.
-        encoder: options of the encoder, for models with new weights.
+        encoder: options of the encoder, for arms from scratch.
         is_peer: whether peer.py trains it.
         takes_whole_budget: whether it is fine-tuned for as long as others are pre-trained and fine-tuned.
         finetuning: options by label size.
@@ -56,6 +56,13 @@ class Recipe:
     def updates(self) -> int | None:
         """Of pre-training, None where it is given as a time."""
         return None if self.is_peer else sum(stage["pretraining"]["max_steps"] for stage in self.stages)
+
+    @property
+    def guided_from(self) -> int | None:
+        """The first stage whose units are of an encoder fine-tuned on the labels, from which on each label size has an
+        encoder of its own; None if there is no such stage."""
+        guided = (number for number, stage in enumerate(self.stages) if "finetuned" in (stage["units"] or {}))
+        return next(guided, None)
 
     def pretraining_hash(self) -> str:
         return checksum(self.stages or self.encoder)
@@ -84,6 +91,8 @@ def read_config(file: Path) -> dict:
         _check(arm, "arm", f"arms.{name}")
         for number, stage in enumerate(arm.get("stages", [])):
             _check(stage, "stage", f"arms.{name}.stages[{number}]")
+            if number == 0 and "finetuned" in (stage.get("units") or {}):
+                raise ValueError(f"arms.{name}.stages[0]: finetuned needs an encoder of a stage before it")
         if arm.get("like") is not None and arm["like"] not in config["arms"]:
             raise ValueError(f"arms.{name}.like: there is no arm {arm['like']!r}")
     _check(config["quick"], "quick", "quick")
@@ -120,7 +129,7 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         if is_peer:
             shared = {name: shared[name] for name in SHARED_WITH_PEER if name in shared}
         finetuning[size] = _merge(shared, *(_finetuning(layer, size) for layer in of_arm))
-    encoder = {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
+    encoder = {} if stages else {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
     return Recipe(tier, arm, stages, encoder, is_peer, bool(own.get("whole_budget")), finetuning)
 
 
@@ -148,7 +157,8 @@ def _inherited(arms: dict[str, dict], name: str) -> dict:
     if arm.get("like") is None:
         return arm
     like = _inherited(arms, arm["like"])
-    return _merge(like, {key: value for key, value in arm.items() if key != "like"}, keeps_null=True)
+    merged = _merge(like, {key: value for key, value in arm.items() if key != "like"}, keeps_null=True)
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def _merge(*parts: dict, keeps_null: bool = False) -> dict:
