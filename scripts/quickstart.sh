@@ -11,6 +11,7 @@ seed="${1:-0}"
 out="${2:-runs/quickstart}"
 python="$venv/bin/python"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
+export OMP_NUM_THREADS=1  # two threads that share their cores with anything else take many times as long
 rm -rf "$out/encoder" "$out/recognizer" "$out/scratch"
 mkdir -p "$out"
 started=$SECONDS
@@ -27,11 +28,11 @@ echo "1/4  Pre-training the encoder of the package further on 19 minutes of audi
 
 echo "2/4  Fine-tuning it on transcripts; beside it, the same model from scratch (log: $out/scratch.log)"
 finetune=("$python" scripts/finetune_ctc.py --config scripts/configs/quickstart_ctc.yaml "${common[@]}" --model "$out/encoder")
-OMP_NUM_THREADS=1 "${finetune[@]}" --from_scratch --output_dir "$out/scratch" --disable_tqdm True \
+"${finetune[@]}" --from_scratch --output_dir "$out/scratch" --disable_tqdm True \
   > "$out/scratch.log" 2>&1 &
 scratch=$!
 trap 'kill "$scratch" 2> /dev/null || true' EXIT
-OMP_NUM_THREADS=1 "${finetune[@]}" --output_dir "$out/recognizer" 2> >(tee "$out/recognizer.log" >&2)
+"${finetune[@]}" --output_dir "$out/recognizer" 2> >(tee "$out/recognizer.log" >&2)
 if ! wait "$scratch"; then
   tail -n 20 "$out/scratch.log" >&2
   exit 1
@@ -39,7 +40,7 @@ fi
 
 echo "3/4  Scoring both on the test split"
 score() {
-  OMP_NUM_THREADS=1 "$python" scripts/evaluate.py --device cpu --model "$out/$1" --split test \
+  "$python" scripts/evaluate.py --device cpu --model "$out/$1" --split test \
     --add_to_card True --output_file "$out/$1/test.json" > "$out/$1-test.log" 2>&1 || { tail -n 20 "$out/$1-test.log" >&2; return 1; }
 }
 score scratch &
