@@ -28,8 +28,7 @@ echo "1/4  Pre-training the encoder of the package further on 19 minutes of audi
 
 echo "2/4  Fine-tuning it on transcripts; beside it, the same model from scratch (log: $out/scratch.log)"
 finetune=("$python" scripts/finetune_ctc.py --config scripts/configs/quickstart_ctc.yaml "${common[@]}" --model "$out/encoder")
-"${finetune[@]}" --from_scratch --output_dir "$out/scratch" --disable_tqdm True \
-  > "$out/scratch.log" 2>&1 &
+"${finetune[@]}" --from_scratch --output_dir "$out/scratch" --disable_tqdm True > "$out/scratch.log" 2>&1 &
 scratch=$!
 trap 'kill "$scratch" 2> /dev/null || true' EXIT
 "${finetune[@]}" --output_dir "$out/recognizer" 2> >(tee "$out/recognizer.log" >&2)

@@ -141,7 +141,7 @@ class Comparison:
                     self.processes[recipe.tier].run, "make_units.py", to_argv(units), beside(folder, ".log"), lock
                 )
                 done.append(made_once(beside(folder, ".json"), make))
-                if of_size and not self.config["keep_models"]:
+                if share and not self.config["keep_models"]:
                     (guide / "model.safetensors").unlink(missing_ok=True)
                 options["units"] = str(folder)
             if stage["continues"]:
@@ -157,16 +157,15 @@ class Comparison:
         """Accuracy of telling speakers by a few clips; None from scratch and of the peer."""
         if encoder is None or chain.recipe.is_peer:
             return None
-        tier, name = chain.recipe.tier, encoder.name.replace(f"stage{len(chain.recipe.stages)}", "few_shot")
-        file = chain.folder / f"{name}.scores.json"
+        tier, file = chain.recipe.tier, beside(encoder, ".few_shot.scores.json")
 
         def measure() -> float:
             options = {**self.config["few_shot"], "models": [str(encoder)], "corpus": [self.data[tier].voices]}
             argv = to_argv({**options, "output_file": str(file)})
-            self.processes[tier].run("benchmarks/few_shot.py", argv, beside(chain.folder / name, ".log"), lock)
+            self.processes[tier].run("benchmarks/few_shot.py", argv, beside(encoder, ".few_shot.log"), lock)
             return json.loads(file.read_text(encoding="utf-8"))["results"][str(encoder)]["accuracy"]
 
-        return self._kept(chain, name, measure)
+        return self._kept(chain, f"{encoder.name}.few_shot", measure)
 
     def _train_recognizer(
         self, chain: Chain, size: str, encoder: Path | None, folder: Path, lock: int, share: float = 1.0
