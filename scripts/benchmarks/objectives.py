@@ -12,7 +12,7 @@ from pathlib import Path
 from chains import Chain, Comparison, chain_name
 from comparison_report import write_report
 from processes import Results
-from recipes import build_recipe, clock_of, read_config, same_in_both_tables
+from recipes import build_recipe, clock_of, of_own_length, read_config, same_in_both_tables
 from tiers import PHASES, TierData
 from transformers import HfArgumentParser
 
@@ -86,8 +86,8 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
                 recipe = build_recipe(config, tier, arm, sizes, args.quick)
                 if args.table == "time" and arm in same_in_both_tables(config):
                     continue
-                if args.table == "time" and recipe.guided_from is not None:
-                    logger.warning("%s is left out: its time differs by label size, and is not scaled", arm)
+                if args.table == "time" and arm in of_own_length(config):
+                    logger.warning("%s is left out of the table of equal time: its length is its own", arm)
                     continue
                 measured_in = reference if args.table == "time" or recipe.needs_rows else None
                 folder = output / "runs" / tier / arm / chain_name(recipe, seed, measured_in)

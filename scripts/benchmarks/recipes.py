@@ -152,6 +152,18 @@ def same_in_both_tables(config: dict) -> set[str]:
     }
 
 
+def of_own_length(config: dict) -> set[str]:
+    """Arms that have no row in the table of equal time: their stages are not meant to be as long together as one
+    pre-training, or what these take depends on the label size."""
+    own = {name: _inherited(config["arms"], name).get("stages") or [{}] for name in config["arms"]}
+    return {
+        name
+        for name, stages in own.items()
+        if abs(sum(stage.get("share", 1) for stage in stages) - 1) > 1e-6
+        or any("finetuned" in (stage.get("units") or {}) for stage in stages)
+    }
+
+
 def _inherited(arms: dict[str, dict], name: str) -> dict:
     arm = arms[name]
     if arm.get("like") is None:
