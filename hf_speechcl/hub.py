@@ -1,5 +1,6 @@
 """Models go to the Hub and come from it."""
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -57,6 +59,14 @@ RETRY_SECONDS = (1, 2, 4, 8, 16)
 def may_be_model(name: str) -> bool:
     """Whether `find_model` may find something by that name, without asking the Hub."""
     return Path(name).is_dir() or name == STARTER.name or "/" in name
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """What tells a model's weights from others, whatever folder they are in."""
+    digest = hashlib.sha256()
+    for weight in model.state_dict().values():
+        digest.update(weight.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def find_model(name: str | Path) -> str:

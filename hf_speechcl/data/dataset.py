@@ -1,10 +1,12 @@
 """Corpus rows → decoded clips, for a DataLoader."""
 
 import logging
+from collections.abc import Iterable, Iterator
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from .audio import AudioError, read_audio, to_int16
 from .corpora import column_of
@@ -114,3 +116,14 @@ class SpeechDataset(Dataset):
             self.decoded[index] = samples
             self.bytes_left -= samples.nbytes
         return samples
+
+
+def decoded(dataset: SpeechDataset, indices: Iterable[int], num_workers: int = 0) -> Iterator[np.ndarray | None]:
+    """Clips (S,) in this order, each once; None for one that could not be decoded."""
+    keys = [(0, int(index)) for index in indices]
+    options = {"num_workers": num_workers, "generator": torch.Generator(), "collate_fn": _samples_of}
+    yield from DataLoader(dataset, batch_size=None, sampler=keys, **options)
+
+
+def _samples_of(clip: dict) -> np.ndarray | None:
+    return clip["input_values"]

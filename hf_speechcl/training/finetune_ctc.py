@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from datasets import concatenate_datasets
 from transformers import AutoProcessor, Wav2Vec2Processor, set_seed
 from transformers.utils import cached_file
 
@@ -23,7 +24,7 @@ from ..command_line import option, parse_arguments
 from ..configuration_speechcl import SpeechCLConfig
 from ..ctc import BLANK, UNKNOWN, VOCABULARIES, WORD_DELIMITER, build_processor, preflight
 from ..data import CTCCollator, SpeechDataset
-from ..data.corpora import load_train_and_validation
+from ..data.corpora import load_corpus, load_train_and_validation
 from ..data.folders import source_name
 from ..modeling_speechcl import SpeechCLForCTC
 from ..text_policy import TextPolicy, apply_policy
@@ -47,6 +48,10 @@ DESCRIPTION = """Fine-tune a pre-trained SpeechCL encoder with a CTC head on tra
     python scripts/finetune_ctc.py --model runs/demo --output_dir runs/demo-ctc --max_steps 1000
   Your own recordings, a folder with metadata.csv (columns file_name and text):
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --output_dir runs/mine-ctc
+  Learn from more audio, which the model above has transcribed:
+    python scripts/make_pseudo_labels.py --model runs/mine-ctc --corpus my_audio --output_dir runs/pseudo
+    python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --pseudo_labels runs/pseudo \\
+      --output_dir runs/mine-ctc2
   The same model from scratch, for comparison:
     python scripts/finetune_ctc.py --model runs/demo --from_scratch --output_dir runs/scratch-ctc --max_steps 1000
   Pieces of words in place of characters; text with capitals and punctuation, numbers in words:
@@ -67,6 +72,11 @@ changed in the texts."""
 @dataclass
 class CTCDataArguments(RegularizationArguments, CorpusArguments):
     text_column: str = option("text", "Column with the transcript in parquet files, metadata and Hub data sets.")
+    pseudo_labels: list[str] = option(
+        [],
+        "Folders of scripts/make_pseudo_labels.py: learnt from beside the corpus, but for the vocabulary, and never "
+        "validated on.",
+    )
     casing: str | None = option(None, "Of the text that is learnt: lower, upper or keep; lower by default.")
     punctuation: str | None = option(None, "remove (but for apostrophes within words) or keep; remove by default.")
     digits: str | None = option(
@@ -155,6 +165,8 @@ def write_recognizer_card(
     usage = USE_CTC if kind == "characters" else USE_CTC.replace(', return_timestamps="word"', "")
     written = f"these characters: `{' '.join(tokens)}`" if kind == "characters" else f"{len(tokens)} pieces of words"
     validation, policy = trainer.eval_dataset, str(TextPolicy(**config.text_policy))
+    folders = ", ".join(f"`{source_name(folder)}`" for folder in data_args.pseudo_labels)
+    written_by_machine = f"The texts of {folders} were written by a recogniser. " if folders else ""
     rates = {name: metrics[f"eval_{name}"] for name in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high")}
     write_card(
         folder,
@@ -164,7 +176,7 @@ def write_recognizer_card(
         usage=usage,
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
-        sources=data_args.corpus,
+        sources=[*data_args.corpus, *data_args.pseudo_labels],
         methods=[*methods_of(config.objectives), "ctc"],
         args=args,
         base_model=None if model_args.is_from_scratch else model_args.model,
@@ -180,11 +192,14 @@ def write_recognizer_card(
             }
         ),
         data=[
-            data_row(data_args.corpus, split, data.corpus)
-            for split, data in [("train", trainer.train_dataset), ("validation", validation)]
+            data_row(sources, split, data.corpus)
+            for sources, split, data in [
+                ([*data_args.corpus, *data_args.pseudo_labels], "train", trainer.train_dataset),
+                (data_args.corpus, "validation", validation),
+            ]
         ],
         model=describe_model(config, trainer.model.num_parameters()),
-        training=f"{describe_finetuning(trainer, model_args, data_args)} Text: {policy}. "
+        training=f"{describe_finetuning(trainer, model_args, data_args)} {written_by_machine}Text: {policy}. "
         + describe_run(
             args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step, trainer.audio_hours
         ),
@@ -223,6 +238,10 @@ def main(argv: list[str] | None = None) -> None:
             text_column=data_args.text_column,
             require_text=True,
         )
+        num_transcribed = len(corpora[0])
+        if data_args.pseudo_labels:
+            pseudo_labelled = load_corpus(data_args.pseudo_labels, require_text=True)
+            corpora = (concatenate_datasets([corpora[0], pseudo_labelled]), corpora[1])
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     texts, left_out = [], []
@@ -235,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         left_out.append(
             {row: ("digits", text) for row, text in enumerate(as_written) if text and policy.leaves_out(text)}
         )
-    learnt = [text for row, text in enumerate(texts[0]) if text and row not in left_out[0]]
+    learnt = [text for row, text in enumerate(texts[0][:num_transcribed]) if text and row not in left_out[0]]
     processor = prepare_processor(model_args, data_args, args, learnt, config.sampling_rate, checkpoint)
 
     set_seed(args.seed)

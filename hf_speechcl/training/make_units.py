@@ -11,13 +11,13 @@ import torch
 from accelerate import PartialState
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import pairwise_distances_argmin_min
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..command_line import option, parse_arguments
 from ..data import SpeechDataset
-from ..data.audio import FULL_SCALE
+from ..data.audio import to_float32
 from ..data.corpora import load_train_and_validation
+from ..data.dataset import decoded
 from ..data.folders import source_name, without_folders
 from ..data.units import Units, clip_names, units_table
 from ..quantizers import perplexity
@@ -93,10 +93,9 @@ def build_features(args: UnitArguments) -> MFCC | EncoderLayer:
 
 def clip_features(features, dataset: SpeechDataset, indices, num_workers: int, label: str) -> Iterator:
     """Features (T, D) of the clips in this order, None for one that could not be decoded."""
-    keys = [(0, int(index)) for index in indices]
-    loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=num_workers, generator=torch.Generator())
-    for clip in tqdm(loader, desc=label, unit="clip", mininterval=1):
-        yield None if clip["input_values"] is None else features(clip["input_values"].float() / FULL_SCALE)
+    clips = tqdm(decoded(dataset, indices, num_workers), desc=label, total=len(indices), unit="clip", mininterval=1)
+    for samples in clips:
+        yield None if samples is None else features(torch.from_numpy(to_float32(samples)))
 
 
 def fit_centroids(features, dataset: SpeechDataset, args: UnitArguments) -> np.ndarray:

@@ -3,7 +3,6 @@
 Both take one clip at a time, so that nothing is padded and a clip's units do not depend on others.
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 
 from ..configuration_speechcl import SpeechCLConfig
 from ..features import HiddenStates
+from ..hub import weights_digest
 from ..modeling_speechcl import SpeechCLLogMel
 
 NUM_MEL_BINS, NUM_CEPSTRA, LIFTER = 23, 13, 22  # Kaldi's
@@ -87,10 +87,7 @@ class EncoderLayer:
         self.hidden_states = HiddenStates.load(name, [layer], device)
         self.sampling_rate = self.hidden_states.sampling_rate
         self.samples_per_unit = self.hidden_states.samples_per_frame
-        digest = hashlib.sha256()
-        for weight in self.hidden_states.encoder.state_dict().values():
-            digest.update(weight.float().cpu().numpy().tobytes())
-        self.source = {"features": name, "layer": layer, "weights": digest.hexdigest()[:16]}
+        self.source = {"features": name, "layer": layer, "weights": weights_digest(self.hidden_states.encoder)}
 
     def __call__(self, samples: torch.Tensor) -> np.ndarray:
         """(S,) float32 waveform → (ceil(S / samples_per_unit), H) float32."""
