@@ -16,6 +16,7 @@ from transformers import pipeline
 from hf_speechcl import load_corpus
 from hf_speechcl.evaluation.evaluate import main as evaluate
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
+from hf_speechcl.training.make_pseudo_labels import main as make_pseudo_labels
 from hf_speechcl.training.make_units import main as make_units
 from hf_speechcl.training.pretrain import main as pretrain
 from tests.conftest import ROOT, TINY
@@ -90,6 +91,12 @@ def small_config(scripts, tmp_path, **changes):
     for arm in ("hubert", "hubert+best_rq", "hubert_2", "hubert_guided"):
         for stage in config["arms"][arm]["stages"]:
             stage["units"] |= {"num_units": 5, "layer": 1} if "layer" in stage["units"] else {"num_units": 10}
+    for arm in ("hubert+best_rq_self_trained", "scratch_self_trained"):
+        config["arms"][arm]["self_training"] = {
+            "rounds": 2,
+            "student": {"max_steps": 4},
+            "last": {"max_steps": 3},
+        }
     for name in ("T1", "T2", "T3"):
         tier = config["tiers"][name]
         tier |= {
@@ -240,6 +247,8 @@ def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
     guided = {"stages": [{"units": {"layer": 1, "finetuned": 0.5}}]}
     with pytest.raises(ValueError, match=r"arms.x.stages\[0\]: finetuned needs an encoder"):
         small_config(scripts, tmp_path, arms={"x": guided})
+    with pytest.raises(ValueError, match=r"arms.x: self-training starts from the encoder of another arm"):
+        small_config(scripts, tmp_path, arms={"x": {"self_training": {"rounds": 1}}})
     with pytest.raises(ValueError, match="reference_arm: there is no arm 'y'"):
         small_config(scripts, tmp_path, reference_arm="y")
 
@@ -269,6 +278,7 @@ def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_pa
     without_pretraining = {"scratch", "scratch_whole", "frozen_random", "log_mel"}
     same = {"hubert+best_rq", "transformers_wav2vec2"}
     of_own_length = {"hubert+best_rq_quarter", "hubert+best_rq_fourfold", "hubert_guided"}
+    of_own_length |= {"hubert+best_rq_self_trained", "scratch_self_trained"}
     assert arms == set(config["arms"]) - without_pretraining - same - of_own_length
 
 
@@ -326,10 +336,11 @@ class FakeProcesses(dict):
         if script in self.failing:
             raise self.scripts.processes.RunError(f"{script} ended with 1")
         mains = {"pretrain.py": pretrain, "finetune_ctc.py": finetune_ctc, "evaluate.py": evaluate}
-        mains |= {"make_units.py": make_units, "benchmarks/peer.py": self.scripts.peer.main}
+        mains |= {"make_units.py": make_units, "make_pseudo_labels.py": make_pseudo_labels}
+        mains["benchmarks/peer.py"] = self.scripts.peer.main
         mains["benchmarks/few_shot.py"] = self.scripts.few_shot.main
         mains[script](argv)
-        return {"wall_seconds": 20.0, "cpu_seconds": 10.0 if script != "make_units.py" else 1.0}
+        return {"wall_seconds": 20.0, "cpu_seconds": 1.0 if script.startswith("make_") else 10.0}
 
 
 def test_seconds_of_a_resumed_run_are_in_proportion_to_its_updates(scripts, tmp_path):
@@ -401,6 +412,8 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
         "hubert+best_rq",
         "hubert_2",
         "hubert_guided",
+        "hubert+best_rq_self_trained",
+        "scratch_self_trained",
         "scratch_whole",
         "transformers_wav2vec2",
         "best_rq_in_halves",
@@ -432,6 +445,31 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     units = [options_of(argv) for script, argv in processes.calls if script == "make_units.py"]
     assert guide["output_dir"] in [own.get("features") for own in units]
     assert "/stage2-dev-all-" in recognizer["model"]
+    # The encoder of the other arm, and twice a teacher, its texts and a student; from scratch all but the encoder.
+    assert rows["hubert+best_rq_self_trained"]["pretraining_cpu_seconds"] == (10 + 1) + 2 * (10 + 1 + 10)
+    assert rows["scratch_self_trained"]["pretraining_cpu_seconds"] == 2 * (10 + 1 + 10)
+    assert rows["hubert+best_rq_self_trained"]["updates"] == 2 + (5 + 4) + (3 + 4)
+    assert rows["hubert+best_rq_self_trained"]["finetuning_updates"] == 3
+    assert rows["scratch_self_trained"]["few_shot"] is None
+    encoder = str(next(compare.folder.glob("runs/T1/hubert+best_rq/*/stage1")))
+    steps = [
+        options_of(argv)
+        for script, argv in processes.calls
+        if script == "finetune_ctc.py" and "/hubert+best_rq_self_trained/" in options_of(argv)["output_dir"]
+    ]
+    made = [own["output_dir"] for own in steps]
+    assert [own["model"] for own in steps] == [encoder, encoder, made[1], encoder, made[3]]
+    assert [own["max_steps"] for own in steps] == ["5", "4", "3", "4", "3"]
+    calls = [options_of(argv) for script, argv in processes.calls if script == "make_pseudo_labels.py"]
+    written = [own for own in calls if "/hubert+best_rq_self_trained/" in own["output_dir"]]
+    assert [own["model"] for own in written] == [made[0], made[2]]
+    assert [own.get("pseudo_labels") for own in steps] == [
+        None,
+        written[0]["output_dir"],
+        None,
+        written[1]["output_dir"],
+        None,
+    ]
     assert rows["best_rq_in_halves"]["pretraining_cpu_seconds"] == 2 * 10
     (goes_on,) = [argv for script, argv in processes.calls if script == "pretrain.py" and argv[1].endswith("stage1")]
     assert "--encoder_options" not in goes_on
@@ -440,7 +478,7 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert rows["transformers_wav2vec2"]["updates"] >= 1
     assert rows["log_mel"]["parameters"] < rows["scratch"]["parameters"]
     assert not list(compare.folder.glob("runs/**/checkpoint-*"))
-    for finetuned in ("dev", "guide"):
+    for finetuned in ("dev", "guide", "teacher"):
         assert not list(compare.folder.glob(f"runs/**/{finetuned}*/model.safetensors"))
     report = (compare.folder / "report.md").read_text()
     assert report in capsys.readouterr().out

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
                 pyarrow.parquet.write_table(pyarrow.table(table), begun, row_group_size=100)
                 begun.replace(file)
                 bar.update(len(chosen) - len(samples))
-    made = pyarrow.parquet.read_table(folder, columns=["text", "duration"])
+    made = pyarrow.parquet.read_table(sorted(folder.glob("*.parquet")), columns=["text", "duration"])
     hours = sum(made["duration"].to_pylist()) / 3600
     empty = sum(not text for text in made["text"].to_pylist())
     print(f"{len(made)} clips ({hours:.2f} h) in {source_name(args.output_dir)}; {empty} of them with an empty text")

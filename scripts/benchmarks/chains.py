@@ -3,7 +3,8 @@
 import datetime
 import json
 import logging
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +83,9 @@ class Comparison:
         try:
             with only_one(chain.folder) as lock:
                 for size in chain.sizes:
-                    encoder, took = self._pretrain(chain, size, lock)
+                    encoder, took = self._find_encoder(chain, size, lock)
+                    if chain.recipe.self_training is not None:
+                        encoder, took = self._self_train(chain, size, encoder, took, lock)
                     self._finetune(chain, size, encoder, took, lock)
                     left -= 1
                     logger.info("finished %s", chain.run_name(size))
@@ -107,6 +110,39 @@ class Comparison:
         argv = [*script[1:], *to_argv({**options, **shown})]
         return train(self.processes[chain.recipe.tier], script[0], folder, argv, self.config["save_steps"], lock)
 
+    def _find_encoder(self, chain: Chain, size: str, lock: int) -> tuple[Path | None, dict]:
+        """As `_pretrain`, in the folder of the arm whose encoder it is."""
+        if chain.recipe.encoder_arm == chain.recipe.arm or not chain.recipe.stages:
+            return self._pretrain(chain, size, lock)
+        folder = chain.folder.parents[1] / chain.recipe.encoder_arm / chain.folder.name
+        with only_one(folder) as lock_of_other:
+            return self._pretrain(replace(chain, folder=folder), size, lock_of_other)
+
+    def _self_train(self, chain: Chain, size: str, encoder: Path | None, took: dict, lock: int) -> tuple[Path, dict]:
+        """A student, ready for its last fine-tuning, and what it took, pre-training included.
+
+        The first teacher is the encoder fine-tuned on the labels. In each round the teacher writes texts of the
+        unlabelled audio, and the encoder learns from these and from the labels. That student, fine-tuned on the labels
+        once more, is the teacher of the next round."""
+        recipe, processes = chain.recipe, self.processes[chain.recipe.tier]
+        of_size = f"-{chain.phase}-{size}-{recipe.finetuning_hash(size)}"
+        student, teaching, done = encoder, None, []
+        for number in range(1, recipe.self_training["rounds"] + 1):
+            names = (f"{kind}{number}{of_size}" for kind in ("teacher", "pseudo_labels", "student"))
+            teacher, texts, to_be = (chain.folder / name for name in names)
+            done.append(self._train_recognizer(chain, size, student, teacher, lock, teaching))
+            options = {"model": str(teacher), "corpus": self.data[recipe.tier].unlabelled, "output_dir": str(texts)}
+            options |= {"device": "cpu"} if self._on_cpu(chain) else {}
+            make = partial(processes.run, "make_pseudo_labels.py", to_argv(options), beside(texts, ".log"), lock)
+            done.append(made_once(beside(texts, ".json"), make))
+            changes = {**recipe.self_training["student"], "pseudo_labels": [str(texts)]}
+            done.append(self._train_recognizer(chain, size, encoder, to_be, lock, changes))
+            student, teaching = to_be, recipe.self_training["last"]
+            shutil.rmtree(texts, ignore_errors=True)
+            if not self.config["keep_models"]:
+                (teacher / "model.safetensors").unlink(missing_ok=True)
+        return student, {name: value + sum(part.get(name) or 0 for part in done) for name, value in took.items()}
+
     def _pretrain(self, chain: Chain, size: str, lock: int) -> tuple[Path | None, dict]:
         """The encoder's folder, None from scratch; and what it took. From the first stage on whose units are of an
         encoder fine-tuned on labels, they are made for each label size apart."""
@@ -129,7 +165,7 @@ class Comparison:
                 if share := units.pop("finetuned", None):
                     of_size = f"-{chain.phase}-{size}-{recipe.finetuning_hash(size)}"
                     guide = chain.folder / f"guide{number}{of_size}"
-                    made = self._train_recognizer(chain, size, encoder, guide, lock, share)
+                    made = self._train_recognizer(chain, size, encoder, guide, lock, share=share)
                     done.append({name: value for name, value in made.items() if name not in ("updates", "audio_hours")})
                     units["features"] = str(guide)
                 elif "layer" in units:
@@ -154,8 +190,8 @@ class Comparison:
         return encoder, took
 
     def _few_shot(self, chain: Chain, encoder: Path | None, lock: int) -> float | None:
-        """Accuracy of telling speakers by a few clips; None from scratch and of the peer."""
-        if encoder is None or chain.recipe.is_peer:
+        """Accuracy of telling speakers by a few clips; None from scratch, of the peer and of recognisers."""
+        if encoder is None or chain.recipe.is_peer or chain.recipe.self_training is not None:
             return None
         tier, file = chain.recipe.tier, beside(encoder, ".few_shot.scores.json")
 
@@ -168,12 +204,20 @@ class Comparison:
         return self._kept(chain, f"{encoder.name}.few_shot", measure)
 
     def _train_recognizer(
-        self, chain: Chain, size: str, encoder: Path | None, folder: Path, lock: int, share: float = 1.0
+        self,
+        chain: Chain,
+        size: str,
+        encoder: Path | None,
+        folder: Path,
+        lock: int,
+        changes: dict | None = None,
+        share: float = 1.0,
     ) -> dict:
-        """Fine-tune into the folder for a share of the updates, from new weights without an encoder; what it took."""
+        """Fine-tune into the folder, from new weights without an encoder, with changed options or for a share of the
+        updates; what it took."""
         recipe = chain.recipe
         corpus = self.data[recipe.tier].labels(chain.phase, size, chain.seed).corpus
-        options = {**recipe.finetuning[size], "corpus": [corpus]}
+        options = {**recipe.finetuning[size], **(changes or {}), "corpus": [corpus]}
         if encoder is not None:
             options["model"] = str(encoder)
         else:
@@ -191,7 +235,8 @@ class Comparison:
         recipe = chain.recipe
         folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
         labels = self.data[recipe.tier].labels(chain.phase, size, chain.seed)
-        took = self._train_recognizer(chain, size, encoder, folder, lock)
+        last = recipe.self_training and recipe.self_training["last"]
+        took = self._train_recognizer(chain, size, encoder, folder, lock, last)
         scores_file = beside(folder, ".scores.json")
         begun = beside(folder, ".begun.json")
         source, split = labels.scored

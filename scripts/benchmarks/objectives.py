@@ -113,6 +113,10 @@ def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | No
         is_guided = recipe.guided_from is not None and number >= recipe.guided_from
         seconds += once * (len(chain.sizes) if is_guided else 1)
         seconds += per_update["finetuning"] * (stage["units"] or {}).get("finetuned", 0) * sum(finetuning)
+    if recipe.self_training is not None:
+        parts = recipe.self_training
+        rounds = parts["rounds"] * (parts["student"]["max_steps"] + parts["last"]["max_steps"])
+        seconds += per_update["finetuning"] * rounds * len(finetuning)
     return seconds / 60
 
 
@@ -172,13 +176,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(comparison: Comparison, chains: list[Chain], jobs: int) -> int:
-    """Run chains side by side, those last that are measured in the time of others; how many runs failed."""
+    """Run chains side by side, those last that are measured in the time of others or have their encoder; how many runs
+    failed."""
     waiting = [chain for chain in chains if chain.sizes]
     failed = 0
     for wave in (False, True):
         pool = ThreadPoolExecutor(jobs)
         try:
-            chosen = [chain for chain in waiting if chain.recipe.needs_rows == wave]
+            chosen = [chain for chain in waiting if chain.recipe.follows_others == wave]
             failed += sum(pool.map(comparison.run, chosen))
         except BaseException:
             comparison.stop()

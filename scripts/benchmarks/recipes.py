@@ -18,7 +18,8 @@ KEYS = {
     "tier": {"threads", "device", "scores", "labels", "seconds_per_update"}
     | {"pretraining", "finetuning", "finetuning_by_labels"},
     "arm": {"like", "about", "pretrained", "peer", "whole_budget", "stages", "tiers"}
-    | {"pretraining", "finetuning", "finetuning_by_labels"},
+    | {"pretraining", "finetuning", "finetuning_by_labels", "self_training"},
+    "self_training": {"rounds", "student", "last"},
     "stage": {"units", "share", "continues", "pretraining"},
     "quick": {"tier", "seeds", "phase", "labels", "arms", "pretraining", "finetuning"},
 }
@@ -35,6 +36,9 @@ class Recipe:
         is_peer: whether peer.py trains it.
         takes_whole_budget: whether it is fine-tuned for as long as others are pre-trained and fine-tuned.
         finetuning: options by label size.
+        encoder_arm: the arm whose encoder it is: its own, but for arms with self-training.
+        self_training: `{"rounds", "student", "last"}`, or None: options of fine-tuning on pseudo-labels and labels, and
+            of the last fine-tuning, on labels alone.
     """
 
     tier: str
@@ -44,6 +48,8 @@ class Recipe:
     is_peer: bool
     takes_whole_budget: bool
     finetuning: dict[str, dict]
+    encoder_arm: str
+    self_training: dict | None = None
 
     @property
     def needs_rows(self) -> bool:
@@ -51,6 +57,11 @@ class Recipe:
         return self.takes_whole_budget or any(
             stage["pretraining"].get("seconds") == "reference" for stage in self.stages
         )
+
+    @property
+    def follows_others(self) -> bool:
+        """Whether it needs what the runs of another arm leave."""
+        return self.needs_rows or self.self_training is not None
 
     @property
     def updates(self) -> int | None:
@@ -68,11 +79,13 @@ class Recipe:
         return checksum(self.stages or self.encoder)
 
     def finetuning_hash(self, size: str) -> str:
-        return checksum([self.finetuning[size], self.takes_whole_budget])
+        of_self_training = [] if self.self_training is None else [self.self_training]
+        return checksum([self.finetuning[size], self.takes_whole_budget, *of_self_training])
 
     def to_json(self, size: str) -> str:
         """What the table of results keeps."""
-        return json.dumps({"stages": self.stages, "encoder": self.encoder, "finetuning": self.finetuning[size]})
+        names = ("stages", "encoder", "self_training")
+        return json.dumps({**{name: getattr(self, name) for name in names}, "finetuning": self.finetuning[size]})
 
 
 def read_config(file: Path) -> dict:
@@ -93,6 +106,10 @@ def read_config(file: Path) -> dict:
             _check(stage, "stage", f"arms.{name}.stages[{number}]")
             if number == 0 and "finetuned" in (stage.get("units") or {}):
                 raise ValueError(f"arms.{name}.stages[0]: finetuned needs an encoder of a stage before it")
+        if "self_training" in arm:
+            _check(arm["self_training"], "self_training", f"arms.{name}.self_training")
+            if not arm.get("like") or {"pretraining", "stages"} & set(arm):
+                raise ValueError(f"arms.{name}: self-training starts from the encoder of another arm: say like which")
         if arm.get("like") is not None and arm["like"] not in config["arms"]:
             raise ValueError(f"arms.{name}.like: there is no arm {arm['like']!r}")
     _check(config["quick"], "quick", "quick")
@@ -130,7 +147,18 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
             shared = {name: shared[name] for name in SHARED_WITH_PEER if name in shared}
         finetuning[size] = _merge(shared, *(_finetuning(layer, size) for layer in of_arm))
     encoder = {} if stages else {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
-    return Recipe(tier, arm, stages, encoder, is_peer, bool(own.get("whole_budget")), finetuning)
+    self_training = own.get("self_training")
+    return Recipe(
+        tier,
+        arm,
+        stages,
+        encoder,
+        is_peer,
+        takes_whole_budget=bool(own.get("whole_budget")),
+        finetuning=finetuning,
+        encoder_arm=config["arms"][arm]["like"] if self_training else arm,
+        self_training=self_training,
+    )
 
 
 def _finetuning(layer: dict, size: str) -> dict:
@@ -147,21 +175,20 @@ def same_in_both_tables(config: dict) -> set[str]:
     """Arms that need no run of their own in the table of equal time: without pre-training, for a time as it is, and the
     one that the time is of."""
     own = {name: _inherited(config["arms"], name) for name in config["arms"]}
-    return {name for name, arm in own.items() if arm.get("peer") or not arm.get("pretrained", True)} | {
-        config["reference_arm"]
-    }
+    untrained = {name for name, arm in own.items() if not arm.get("pretrained", True) and "self_training" not in arm}
+    return untrained | {name for name, arm in own.items() if arm.get("peer")} | {config["reference_arm"]}
 
 
 def of_own_length(config: dict) -> set[str]:
     """Arms that have no row in the table of equal time: their stages are not meant to be as long together as one
     pre-training, or what these take depends on the label size."""
-    own = {name: _inherited(config["arms"], name).get("stages") or [{}] for name in config["arms"]}
-    return {
-        name
-        for name, stages in own.items()
-        if abs(sum(stage.get("share", 1) for stage in stages) - 1) > 1e-6
-        or any("finetuned" in (stage.get("units") or {}) for stage in stages)
-    }
+
+    def has_own_length(arm: dict) -> bool:
+        stages = arm.get("stages") or [{}]
+        takes_labels = "self_training" in arm or any("finetuned" in (stage.get("units") or {}) for stage in stages)
+        return takes_labels or abs(sum(stage.get("share", 1) for stage in stages) - 1) > 1e-6
+
+    return {name for name in config["arms"] if has_own_length(_inherited(config["arms"], name))}
 
 
 def _inherited(arms: dict[str, dict], name: str) -> dict:
