@@ -122,25 +122,24 @@ class Comparison:
         """A student, ready for its last fine-tuning, and what it took, pre-training included.
 
         The first teacher is the encoder fine-tuned on the labels. In each round the teacher writes texts of the
-        unlabelled audio, and the encoder learns from these and from the labels. That student, fine-tuned on the labels
-        once more, is the teacher of the next round."""
+        unlabelled audio; the encoder, later the student before, learns from these and from the labels, and is the next
+        teacher."""
         recipe, processes = chain.recipe, self.processes[chain.recipe.tier]
         of_size = f"-{chain.phase}-{size}-{recipe.finetuning_hash(size)}"
-        student, teaching, done = encoder, None, []
+        start, teacher = encoder, chain.folder / f"teacher{of_size}"
+        done = [self._train_recognizer(chain, size, encoder, teacher, lock)]
         for number in range(1, recipe.self_training["rounds"] + 1):
-            names = (f"{kind}{number}{of_size}" for kind in ("teacher", "pseudo_labels", "student"))
-            teacher, texts, to_be = (chain.folder / name for name in names)
-            done.append(self._train_recognizer(chain, size, student, teacher, lock, teaching))
+            texts, student = (chain.folder / f"{kind}{number}{of_size}" for kind in ("pseudo_labels", "student"))
             options = {"model": str(teacher), "corpus": self.data[recipe.tier].unlabelled, "output_dir": str(texts)}
             options |= {"device": "cpu"} if self._on_cpu(chain) else {}
             make = partial(processes.run, "make_pseudo_labels.py", to_argv(options), beside(texts, ".log"), lock)
             done.append(made_once(beside(texts, ".json"), make))
             changes = {**recipe.self_training["student"], "pseudo_labels": [str(texts)]}
-            done.append(self._train_recognizer(chain, size, encoder, to_be, lock, changes))
-            student, teaching = to_be, recipe.self_training["last"]
+            done.append(self._train_recognizer(chain, size, start, student, lock, changes))
             shutil.rmtree(texts, ignore_errors=True)
             if not self.config["keep_models"]:
                 (teacher / "model.safetensors").unlink(missing_ok=True)
+            start = teacher = student
         return student, {name: value + sum(part.get(name) or 0 for part in done) for name, value in took.items()}
 
     def _pretrain(self, chain: Chain, size: str, lock: int) -> tuple[Path | None, dict]:

@@ -115,8 +115,8 @@ def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | No
         seconds += per_update["finetuning"] * (stage["units"] or {}).get("finetuned", 0) * sum(finetuning)
     if recipe.self_training is not None:
         parts = recipe.self_training
-        rounds = parts["rounds"] * (parts["student"]["max_steps"] + parts["last"]["max_steps"])
-        seconds += per_update["finetuning"] * rounds * len(finetuning)
+        more = parts["rounds"] * parts["student"]["max_steps"] + parts["last"]["max_steps"]
+        seconds += per_update["finetuning"] * more * len(finetuning)
     return seconds / 60
 
 
