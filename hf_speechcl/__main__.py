@@ -7,6 +7,7 @@ COMMANDS = {
     "pretrain": ("training.pretrain", "train an encoder on audio without texts"),
     "make-units": ("training.make_units", "units for the objective hubert"),
     "finetune-ctc": ("training.finetune_ctc", "make a recogniser of an encoder with transcribed audio"),
+    "make-pseudo-labels": ("training.make_pseudo_labels", "texts of audio without texts, to learn from"),
     "finetune-classifier": ("training.finetune_classifier", "make a classifier of an encoder with labelled audio"),
     "build-lm": ("language_model", "an n-gram for beam search, from texts"),
     "evaluate": ("evaluation.evaluate", "error rates of a recogniser on a corpus"),

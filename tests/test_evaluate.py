@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
-from hf_speechcl import load_corpus
+from hf_speechcl import SpeechDataset, load_corpus
 from hf_speechcl.ctc import build_processor
 from hf_speechcl.evaluation.asr import (
     align,
@@ -233,19 +233,24 @@ def test_ids_of_two_sources_are_told_apart(audio_folder):
 # Runs that are cut off
 
 
+def as_heard(corpus):
+    return SpeechDataset(corpus, CountingRecognizer.sampling_rate, min_seconds=0, in_16_bits=False)
+
+
 def test_interrupted_run_goes_on_with_what_is_left_and_gives_the_same(corpus, tmp_path):
-    whole = transcribe(CountingRecognizer(), corpus, 10)
+    dataset = as_heard(corpus)
+    whole = transcribe(CountingRecognizer(), dataset, 10)
     output, identity = tmp_path / "test.json", {"model": "a"}
     broken = CountingRecognizer(clips_before_breakdown=20)
     with pytest.raises(KeyboardInterrupt):
-        transcribe(broken, corpus, 10, TranscriptLog(output, identity))
+        transcribe(broken, dataset, 10, TranscriptLog(output, identity))
     partial = tmp_path / "test.json.partial-0.jsonl"
     with partial.open("ab") as stream:  # a line that was being written
         stream.write(b'{"id": "demo/1", "te')
     recognizer = CountingRecognizer()
     log = TranscriptLog(output, identity)
     assert len(log.records) == broken.heard
-    resumed = transcribe(recognizer, corpus, 10, log)
+    resumed = transcribe(recognizer, dataset, 10, log)
     assert recognizer.heard == len(corpus) - broken.heard
     assert [record["text"] for record in resumed] == [record["text"] for record in whole]
     assert len(partial.read_text().splitlines()) == 1 + len(corpus)
@@ -255,7 +260,8 @@ def test_interrupted_run_goes_on_with_what_is_left_and_gives_the_same(corpus, tm
 
 def test_transcripts_of_another_model_are_refused_or_forgotten(corpus, tmp_path):
     output = tmp_path / "test.json"
-    transcribe(CountingRecognizer(), corpus.select(range(3)), 10, TranscriptLog(output, {"model": "a", "corpus": 1}))
+    log = TranscriptLog(output, {"model": "a", "corpus": 1})
+    transcribe(CountingRecognizer(), as_heard(corpus.select(range(3))), 10, log)
     with pytest.raises(ValueError, match=r"interrupted run with another model: .* --restart True"):
         TranscriptLog(output, {"model": "b", "corpus": 1})
     assert TranscriptLog(output, {"model": "b", "corpus": 1}, restart=True).records == {}
@@ -265,7 +271,9 @@ def test_clips_that_cannot_be_decoded_have_no_text_and_long_ones_are_recordings(
     soundfile.write(audio_folder / "silent.wav", np.zeros(16000), 16000)
     corpus = load_corpus(str(audio_folder))
     seconds = sorted(corpus["duration"])
-    records = {record["id"]: record for record in transcribe(CountingRecognizer(), corpus, seconds[-1] - 0.01)}
+    records = {
+        record["id"]: record for record in transcribe(CountingRecognizer(), as_heard(corpus), seconds[-1] - 0.01)
+    }
     assert (records["silent.wav"]["text"], records["silent.wav"]["snr"]) == (None, None)
     assert sorted(record["text"] == "a recording" for record in records.values()) == [False] * 4 + [True]
 

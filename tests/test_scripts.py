@@ -29,7 +29,14 @@ from hf_speechcl.training.pretrain import build_collator, build_model, check_opt
 from hf_speechcl.training.pretrain import main as pretrain
 from tests.conftest import FAST_RUN, ROOT, TINY, TINY_OPTIONS, run_script
 
-SCRIPTS = ["pretrain.py", "make_units.py", "finetune_ctc.py", "finetune_classifier.py", "evaluate.py"]
+SCRIPTS = [
+    "pretrain.py",
+    "make_units.py",
+    "finetune_ctc.py",
+    "make_pseudo_labels.py",
+    "finetune_classifier.py",
+    "evaluate.py",
+]
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def audio(clips, tmp_path):
 def make(teacher, audio, folder, *options):
     argv = ["--model", str(teacher), "--corpus", str(audio), "--output_dir", str(folder), "--device", "cpu", *options]
     make_pseudo_labels.main(argv)
-    return pyarrow.parquet.read_table(sorted(folder.glob("*.parquet"))).to_pylist()
+    return pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()
 
 
 def test_texts_are_those_of_the_recogniser_clip_by_clip(teacher, audio, clips, tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_texts_are_those_of_the_recogniser_clip_by_clip(teacher, audio, clips, t
         np.testing.assert_array_equal(to_int16(kept), to_int16(samples))
         assert row["duration"] == pytest.approx(len(samples) / RATE)
         assert row["text"] == recognizer.transcribe([kept])[0].text != ""
-    assert "4 clips" in capsys.readouterr().out
+    assert "5 clips (0.00 h): 1 could not be decoded, 0 have an empty text" in capsys.readouterr().out
 
 
 def test_long_recordings_are_split(teacher, audio, tmp_path):
@@ -72,16 +72,33 @@ def test_long_recordings_are_split(teacher, audio, tmp_path):
 
 
 def test_a_killed_run_goes_on_and_other_options_are_refused(teacher, audio, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_pseudo_labels, "CLIPS_PER_FILE", 2)
-    folder = tmp_path / "pseudo"
-    rows = make(teacher, audio, folder)
-    first, *_, last = sorted(folder.glob("*.parquet"))
-    made = first.stat().st_mtime_ns
-    last.unlink()
-    assert make(teacher, audio, folder) == rows
-    assert first.stat().st_mtime_ns == made
-    with pytest.raises(FileExistsError, match="max_seconds=15.0, now 2.0: delete it or give another --output_dir"):
-        make(teacher, audio, folder, "--max_seconds", "2")
+    options = ("--max_seconds", "4", "--max_seconds_per_batch", "4")  # two batches of what can be read
+    rows = make(teacher, audio, tmp_path / "whole", *options)
+    folder, heard, transcribe = tmp_path / "pseudo", [], SpeechRecognizer.transcribe
+
+    def one_batch(self, waveforms):
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(len(waveforms))
+        return transcribe(self, waveforms)
+
+    def count(self, waveforms):
+        heard.append(len(waveforms))
+        return transcribe(self, waveforms)
+
+    monkeypatch.setattr(SpeechRecognizer, "transcribe", one_batch)
+    with pytest.raises(KeyboardInterrupt):
+        make(teacher, audio, folder, *options)
+    monkeypatch.setattr(SpeechRecognizer, "transcribe", count)
+    with pytest.raises(ValueError, match="interrupted run with another max_seconds"):
+        make(teacher, audio, folder, "--max_seconds", "5")
+    assert make(teacher, audio, folder, *options) == rows
+    assert sum(heard) == len(rows) == 4
+    assert {path.name for path in folder.iterdir()} == {"train.parquet", "pseudo_labels.json"}
+    assert make(teacher, audio, folder, *options) == rows
+    assert sum(heard) == 4
+    with pytest.raises(FileExistsError, match="max_seconds=4.0, now 5.0: delete it or give another --output_dir"):
+        make(teacher, audio, folder, "--max_seconds", "5")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds other files"):

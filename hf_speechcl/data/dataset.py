@@ -118,6 +118,15 @@ class SpeechDataset(Dataset):
         return samples
 
 
+def clip_ids(dataset: SpeechDataset) -> list[str]:
+    """Ids of the rows, of a part of a row with the second at which it starts: `talk.wav@12.5`."""
+    ids = dataset.corpus["id"][:]
+    return [
+        ids[row] if whole else f"{ids[row]}@{round(float(start), 3):g}"
+        for row, start, whole in zip(dataset.rows, dataset.starts, dataset.whole)
+    ]
+
+
 def decoded(dataset: SpeechDataset, indices: Iterable[int], num_workers: int = 0) -> Iterator[np.ndarray | None]:
     """Clips (S,) in this order, each once; None for one that could not be decoded."""
     keys = [(0, int(index)) for index in indices]

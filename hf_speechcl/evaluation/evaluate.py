@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from .. import hub
 from ..command_line import option, parse_arguments
-from ..data import load_corpus
+from ..data import SpeechDataset, load_corpus
 from ..data.folders import source_name
 from ..decoding import DecodingArguments
 from ..recognizer import ComputingArguments, SpeechRecognizer
@@ -215,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
         decoding=decoding,
         trust_remote_code=args.trust_remote_code,
     )
-    records = transcribe(recognizer, corpus, args.max_seconds_per_batch, log, recording)
+    dataset = SpeechDataset(corpus, recognizer.sampling_rate, min_seconds=0, in_16_bits=False)
+    records = transcribe(recognizer, dataset, args.max_seconds_per_batch, log, recording)
     if state.is_main_process:
         transcripts = describe_transcripts(corpus, records, columns, args.text_normalization)
         results = {

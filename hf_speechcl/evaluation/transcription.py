@@ -1,11 +1,10 @@
-"""All clips of a corpus → their transcripts, by all processes of a launch, going on where a run was cut off."""
+"""All clips of a data set → their transcripts, by all processes of a launch, going on where a run was cut off."""
 
 import json
 import logging
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.batching import DurationBatchSampler
-from ..data.dataset import SpeechDataset
+from ..data.dataset import SpeechDataset, clip_ids
 from ..recognizer import SpeechRecognizer
 from ..recordings import RecordingArguments
 
@@ -87,7 +86,7 @@ class TranscriptLog:
         if different := sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name)):
             raise ValueError(
                 f"{file.name} holds transcripts of an interrupted run with another {', '.join(different)}: run that "
-                "again as it was, choose another output_file, or start anew with --restart True"
+                "again as it was, choose another output, or delete it (evaluate.py --restart True)"
             )
         self.records |= {record["id"]: record for record in map(json.loads, lines[1:])}
 
@@ -107,29 +106,28 @@ class TranscriptLog:
 
 def transcribe(
     recognizer: SpeechRecognizer,
-    corpus: datasets.Dataset,
+    dataset: SpeechDataset,
     max_seconds_per_batch: float = 60.0,
     log: TranscriptLog | None = None,
     recording: RecordingArguments | None = None,
 ) -> list[dict]:
-    """Transcripts of the rows of a corpus, the work shared by all processes of a launch.
+    """Transcripts of the clips of a data set, the work shared by all processes of a launch.
 
     Args:
         recognizer: of any kind.
-        corpus: rows as `load_corpus` gives them.
-        max_seconds_per_batch: seconds of audio in a batch, padding included. A longer clip is transcribed as a
-            recording.
+        dataset: at the recogniser's sampling rate, not in 16 bits.
+        max_seconds_per_batch: seconds of audio in a batch, padding included. A longer clip, if it is a whole row, is
+            transcribed as a recording.
         log: transcripts that are there already, and where to write others.
         recording: how recordings are cut.
 
     Returns:
-        Of every row `{"id", "text", "snr", "seconds"}`: the text as it was decoded, `estimate_snr` in dB, and the
-        seconds that computing took, features and decoding included, reading audio not. A clip that cannot be decoded,
-        or holds digital silence, is logged and has None for text and snr.
+        Of every clip `{"id", "text", "snr", "seconds"}`: `clip_ids`, the text as it was decoded, `estimate_snr` in dB,
+        and the seconds that computing took, features and decoding included, reading audio not. A clip that cannot be
+        decoded, or holds digital silence, is logged and has None for text and snr.
     """
     state = PartialState()
-    dataset = SpeechDataset(corpus, recognizer.sampling_rate, min_seconds=0, in_16_bits=False)
-    names = corpus["id"][:]
+    names = clip_ids(dataset)
     records = {} if log is None else dict(log.records)
     sampler = DurationBatchSampler(
         dataset.durations,
@@ -152,7 +150,7 @@ def transcribe(
             usable = [clip for clip in clips if clip["input_values"] is not None]
             num_samples = sum(len(clip["input_values"]) for clip in usable)
             started = time.perf_counter()
-            texts = _texts(recognizer, corpus, usable, max_seconds_per_batch, recording)
+            texts = _texts(recognizer, dataset, usable, max_seconds_per_batch, recording)
             seconds = time.perf_counter() - started
             batch = []
             for clip in clips:
@@ -171,7 +169,7 @@ def transcribe(
 
 def _texts(
     recognizer: SpeechRecognizer,
-    corpus: datasets.Dataset,
+    dataset: SpeechDataset,
     clips: list[dict],
     limit: float,
     recording: RecordingArguments | None,
@@ -182,5 +180,6 @@ def _texts(
     texts = {clip["index"]: transcript.text for clip, transcript in zip(short, transcripts)}
     for clip in clips:
         if clip["index"] not in texts:
-            texts[clip["index"]] = recognizer.transcribe_recording(corpus[clip["index"]]["audio"], recording).text
+            row = dataset.corpus[int(dataset.rows[clip["index"]])]
+            texts[clip["index"]] = recognizer.transcribe_recording(row["audio"], recording).text
     return texts

@@ -7,27 +7,32 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import soundfile
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..command_line import option, parse_arguments
 from ..data import SpeechDataset, load_corpus
-from ..data.audio import to_float32
-from ..data.dataset import decoded
+from ..data.audio import to_int16
+from ..data.dataset import clip_ids, decoded
 from ..data.folders import source_name, without_folders
-from ..data.units import clip_names
 from ..decoding import DecodingArguments
+from ..evaluation.transcription import TranscriptLog, transcribe
 from ..hub import weights_digest
-from ..recognizer import BATCH_SECONDS, ComputingArguments, SpeechRecognizer
-from ..recordings import batch_by_length
+from ..recognizer import ComputingArguments, SpeechRecognizer
 from .arguments import ClipArguments
 
 logger = logging.getLogger(__name__)
 
-CLIPS_PER_FILE = 500
+ROWS_PER_GROUP = 100  # of the parquet file
+WRITTEN, TEXTS = "train.parquet", "texts"
+AUDIO = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+SCHEMA = pyarrow.schema(
+    {"id": pyarrow.string(), "audio": AUDIO, "text": pyarrow.string(), "duration": pyarrow.float64()}
+)
+
 DESCRIPTION = """Transcribe a corpus without texts by a trained recogniser, for scripts/finetune_ctc.py to learn from
 beside the true transcripts: self-training, or pseudo-labelling (Kahn et al. 2020, arXiv 1909.09116; on top of
 pre-training, Xu et al. 2021, arXiv 2010.11430).
@@ -37,8 +42,9 @@ pre-training, Xu et al. 2021, arXiv 2010.11430).
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --pseudo_labels runs/pseudo1 \\
       --output_dir runs/student
 
-The student may be the teacher of a second round. The output folder holds parquet files with audio and text of every
-clip that could be decoded, and pseudo_labels.json; the same command goes on where it was killed."""
+The student may be the teacher of a second round. The output folder holds a parquet file with audio and text of every
+clip that could be decoded, and pseudo_labels.json. The same command goes on where it was killed; accelerate launch
+shares the work."""
 
 
 @dataclass
@@ -48,7 +54,7 @@ class PseudoLabelArguments:
     split: str = option("train", "Of the sources.")
     audio_column: str = option("audio", "Column with the audio in parquet files and Hub data sets.")
     output_dir: str = option("runs/pseudo_labels", "Folder for the clips and their texts.")
-    dataloader_num_workers: int = option(0, "Processes that decode audio.")
+    max_seconds_per_batch: float = option(60.0, "Seconds of audio transcribed together, padding included.")
 
     def __post_init__(self):
         for name in ("model", "corpus"):
@@ -56,28 +62,11 @@ class PseudoLabelArguments:
                 raise ValueError(f"expected --{name}")
 
 
-def transcribe(recognizer: SpeechRecognizer, clips: list[np.ndarray], bar: tqdm) -> list[str]:
-    """Texts of clips (S,) int16 each, in batches of clips of about a length."""
-    texts = [""] * len(clips)
-    for batch in batch_by_length([len(clip) for clip in clips], round(BATCH_SECONDS * recognizer.sampling_rate)):
-        transcripts = recognizer.transcribe([to_float32(clips[place]) for place in batch])
-        for place, transcript in zip(batch, transcripts):
-            texts[place] = transcript.text
-        bar.update(len(batch))
-    return texts
-
-
-def to_flac(samples: np.ndarray, sampling_rate: int) -> bytes:
-    stream = io.BytesIO()
-    soundfile.write(stream, samples, sampling_rate, format="FLAC", subtype="PCM_16")
-    return stream.getvalue()
-
-
-def keep_description(folder: Path, description: dict) -> None:
-    """Write what is made here, or see that it is what was begun here before.
+def is_made(folder: Path, description: dict) -> bool:
+    """Whether the folder holds the texts of this description already.
 
     Raises:
-        FileExistsError: the folder holds something else.
+        FileExistsError: it holds something else.
     """
     file = folder / "pseudo_labels.json"
     if file.is_file():
@@ -86,10 +75,28 @@ def keep_description(folder: Path, description: dict) -> None:
         if changed:
             shown = "; ".join(f"{name}={found.get(name)!r}, now {description[name]!r}" for name in changed)
             raise FileExistsError(f"{folder} holds texts made with {shown}: delete it or give another --output_dir")
-    elif folder.exists() and any(folder.iterdir()):
+        return True
+    if folder.exists() and any(not path.name.startswith((WRITTEN, TEXTS)) for path in folder.iterdir()):
         raise FileExistsError(f"{folder} holds other files: delete it or give another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
+    return False
+
+
+def write_clips(dataset: SpeechDataset, texts: list[str | None], file: Path) -> None:
+    """Write audio, as FLAC of 16 bits, and text of every clip that has one, into a parquet file."""
+    clips = [clip for clip, text in enumerate(texts) if text is not None]
+    names, rate = clip_ids(dataset), dataset.sampling_rate
+    begun = file.with_name(f"{file.name}.begun")
+    with pyarrow.parquet.ParquetWriter(begun, SCHEMA) as writer:
+        rows = []
+        for clip, samples in zip(clips, tqdm(decoded(dataset, clips), desc="writing", total=len(clips), unit="clip")):
+            stream = io.BytesIO()
+            soundfile.write(stream, to_int16(samples), rate, format="FLAC", subtype="PCM_16")
+            audio = {"bytes": stream.getvalue(), "path": None}
+            rows.append({"id": names[clip], "audio": audio, "text": texts[clip], "duration": len(samples) / rate})
+            if len(rows) == ROWS_PER_GROUP or clip == clips[-1]:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
+                rows = []
+    begun.replace(file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,39 +105,36 @@ def main(argv: list[str] | None = None) -> None:
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("hf_speechcl").setLevel(logging.INFO)
+    state = PartialState(cpu=computing.device == "cpu")
     recognizer = SpeechRecognizer.from_pretrained(
-        args.model, device=computing.device, dtype=computing.dtype, decoding=decoding
+        args.model,
+        device=state.device if computing.device == "auto" else computing.torch_device,
+        dtype=computing.dtype,
+        decoding=decoding,
     )
     options = {"model": args.model, "weights": weights_digest(recognizer.model), "dtype": computing.dtype}
     options |= {name: getattr(args, name) for name in ("corpus", "split", "audio_column")}
     options |= {**vars(clips), **vars(decoding)}
+    description = {name: without_folders(value) for name, value in options.items()}
     folder = Path(args.output_dir)
-    keep_description(folder, {name: without_folders(value) for name, value in options.items()})
+    if is_made(folder, description):
+        logger.info("%s holds these texts already", source_name(args.output_dir))
+        return
 
     corpus = load_corpus(args.corpus, args.split, args.audio_column)
-    rate = recognizer.sampling_rate
-    dataset = SpeechDataset(corpus, rate, max_seconds=clips.max_seconds, min_seconds=clips.min_seconds)
-    names = [name if whole else f"{name}@{start:g}" for (name, start), whole in zip(clip_names(dataset), dataset.whole)]
-    with tqdm(total=len(dataset), unit="clip", desc="transcribing", mininterval=1) as bar:
-        for number, first in enumerate(range(0, len(dataset), CLIPS_PER_FILE)):
-            file = folder / f"train-{number:05d}.parquet"
-            chosen = range(first, min(first + CLIPS_PER_FILE, len(dataset)))
-            if file.is_file():
-                bar.update(len(chosen))
-            else:
-                found = zip(chosen, decoded(dataset, chosen, args.dataloader_num_workers))
-                samples = {clip: values for clip, values in found if values is not None}
-                table = {
-                    "id": [names[clip] for clip in samples],
-                    "audio": [{"bytes": to_flac(values, rate), "path": None} for values in samples.values()],
-                    "text": transcribe(recognizer, list(samples.values()), bar),
-                    "duration": [len(values) / rate for values in samples.values()],
-                }
-                begun = file.with_suffix(".begun")
-                pyarrow.parquet.write_table(pyarrow.table(table), begun, row_group_size=100)
-                begun.replace(file)
-                bar.update(len(chosen) - len(samples))
-    made = pyarrow.parquet.read_table(sorted(folder.glob("*.parquet")), columns=["text", "duration"])
-    hours = sum(made["duration"].to_pylist()) / 3600
-    empty = sum(not text for text in made["text"].to_pylist())
-    print(f"{len(made)} clips ({hours:.2f} h) in {source_name(args.output_dir)}; {empty} of them with an empty text")
+    dataset = SpeechDataset(
+        corpus, recognizer.sampling_rate, max_seconds=clips.max_seconds, min_seconds=clips.min_seconds, in_16_bits=False
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    log = TranscriptLog(folder / TEXTS, description)
+    records = transcribe(recognizer, dataset, max(args.max_seconds_per_batch, clips.max_seconds), log)
+    if state.is_main_process:
+        texts = [record["text"] for record in records]
+        write_clips(dataset, texts, folder / WRITTEN)
+        text = json.dumps(description, indent=1, ensure_ascii=False)
+        (folder / "pseudo_labels.json").write_text(text, encoding="utf-8")
+        print(
+            f"{len(texts)} clips ({dataset.hours:.2f} h): {texts.count(None)} could not be decoded, "
+            f"{texts.count('')} have an empty text"
+        )
+    log.remove()
