@@ -88,7 +88,7 @@ def small_config(scripts, tmp_path, **changes):
     config["arms"]["transformers_wav2vec2"]["pretraining"] = {"seconds": 0.1, "max_seconds_per_batch": 4, **sizes}
     halves = [{"share": 0.5}, {"share": 0.5, "continues": True}]
     config["arms"]["best_rq_in_halves"] = {"like": "best_rq", "stages": halves}
-    for arm in ("hubert", "hubert+best_rq", "hubert_2", "hubert_guided"):
+    for arm in ("hubert", "hubert+best_rq", "hubert_2"):
         for stage in config["arms"][arm]["stages"]:
             stage["units"] |= {"num_units": 5, "layer": 1} if "layer" in stage["units"] else {"num_units": 10}
     for arm in ("hubert+best_rq_self_trained", "scratch_self_trained"):
@@ -244,9 +244,6 @@ def test_options_stand_on_the_command_line_as_the_scripts_read_them(scripts):
 def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
     with pytest.raises(ValueError, match=r"arms.x: unknown pretrainig"):
         small_config(scripts, tmp_path, arms={"x": {"pretrainig": {}}})
-    guided = {"stages": [{"units": {"layer": 1, "finetuned": 0.5}}]}
-    with pytest.raises(ValueError, match=r"arms.x.stages\[0\]: finetuned needs an encoder"):
-        small_config(scripts, tmp_path, arms={"x": guided})
     with pytest.raises(ValueError, match=r"arms.x: self-training starts from the encoder of another arm"):
         small_config(scripts, tmp_path, arms={"x": {"self_training": {"rounds": 1}}})
     with pytest.raises(ValueError, match="reference_arm: there is no arm 'y'"):
@@ -277,7 +274,7 @@ def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_pa
     arms = {chain.recipe.arm for chain in plan(scripts, config, tmp_path, table="time")}
     without_pretraining = {"scratch", "scratch_whole", "frozen_random", "log_mel"}
     same = {"hubert+best_rq", "transformers_wav2vec2"}
-    of_own_length = {"hubert+best_rq_quarter", "hubert+best_rq_fourfold", "hubert_guided"}
+    of_own_length = {"hubert+best_rq_quarter", "hubert+best_rq_fourfold"}
     of_own_length |= {"hubert+best_rq_self_trained", "scratch_self_trained"}
     assert arms == set(config["arms"]) - without_pretraining - same - of_own_length
 
@@ -411,7 +408,6 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
         "best_rq",
         "hubert+best_rq",
         "hubert_2",
-        "hubert_guided",
         "hubert+best_rq_self_trained",
         "scratch_self_trained",
         "scratch_whole",
@@ -432,19 +428,7 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert rows["scratch"]["few_shot"] is None
     assert (row["pretraining_cpu_seconds"], row["pretraining_wall_seconds"]) == (10, 20)
     assert rows["hubert_2"]["pretraining_cpu_seconds"] == 2 * (10 + 1)
-    assert rows["hubert_2"]["updates"] == rows["hubert_guided"]["updates"] == 2
-    # Two trainings of an encoder and one of a recogniser, two sets of units.
-    assert rows["hubert_guided"]["pretraining_cpu_seconds"] == 3 * 10 + 2 * 1
-    guide, recognizer = (
-        options_of(argv)
-        for script, argv in processes.calls
-        if script == "finetune_ctc.py" and "/hubert_guided/" in options_of(argv)["model"]
-    )
-    assert (guide["max_steps"], recognizer["max_steps"]) == ("2", "5")
-    assert guide["corpus"] == recognizer["corpus"]
-    units = [options_of(argv) for script, argv in processes.calls if script == "make_units.py"]
-    assert guide["output_dir"] in [own.get("features") for own in units]
-    assert "/stage2-dev-all-" in recognizer["model"]
+    assert rows["hubert_2"]["updates"] == 2
     # The encoder of the other arm, a teacher, and twice texts and a student; from scratch all but the encoder.
     assert rows["hubert+best_rq_self_trained"]["pretraining_cpu_seconds"] == (10 + 1) + 10 + 2 * (1 + 10)
     assert rows["scratch_self_trained"]["pretraining_cpu_seconds"] == 10 + 2 * (1 + 10)
@@ -473,7 +457,7 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert rows["transformers_wav2vec2"]["updates"] >= 1
     assert rows["log_mel"]["parameters"] < rows["scratch"]["parameters"]
     assert not list(compare.folder.glob("runs/**/checkpoint-*"))
-    for finetuned in ("dev", "guide", "teacher"):
+    for finetuned in ("dev", "teacher"):
         assert not list(compare.folder.glob(f"runs/**/{finetuned}*/model.safetensors"))
     report = (compare.folder / "report.md").read_text()
     assert report in capsys.readouterr().out

@@ -82,11 +82,12 @@ class Comparison:
         left = len(chain.sizes)
         try:
             with only_one(chain.folder) as lock:
+                encoder, pretraining = self._find_encoder(chain, lock)
                 for size in chain.sizes:
-                    encoder, took = self._find_encoder(chain, size, lock)
+                    start, took = encoder, pretraining
                     if chain.recipe.self_training is not None:
-                        encoder, took = self._self_train(chain, size, encoder, took, lock)
-                    self._finetune(chain, size, encoder, took, lock)
+                        start, took = self._self_train(chain, size, encoder, pretraining, lock)
+                    self._finetune(chain, size, start, took, lock)
                     left -= 1
                     logger.info("finished %s", chain.run_name(size))
         except Exception as error:
@@ -110,13 +111,13 @@ class Comparison:
         argv = [*script[1:], *to_argv({**options, **shown})]
         return train(self.processes[chain.recipe.tier], script[0], folder, argv, self.config["save_steps"], lock)
 
-    def _find_encoder(self, chain: Chain, size: str, lock: int) -> tuple[Path | None, dict]:
+    def _find_encoder(self, chain: Chain, lock: int) -> tuple[Path | None, dict]:
         """As `_pretrain`, in the folder of the arm whose encoder it is."""
         if chain.recipe.encoder_arm == chain.recipe.arm or not chain.recipe.stages:
-            return self._pretrain(chain, size, lock)
+            return self._pretrain(chain, lock)
         folder = chain.folder.parents[1] / chain.recipe.encoder_arm / chain.folder.name
         with only_one(folder) as lock_of_other:
-            return self._pretrain(replace(chain, folder=folder), size, lock_of_other)
+            return self._pretrain(replace(chain, folder=folder), lock_of_other)
 
     def _self_train(self, chain: Chain, size: str, encoder: Path | None, took: dict, lock: int) -> tuple[Path, dict]:
         """A student, ready for its last fine-tuning, and what it took, pre-training included.
@@ -142,10 +143,9 @@ class Comparison:
             start = teacher = student
         return student, {name: value + sum(part.get(name) or 0 for part in done) for name, value in took.items()}
 
-    def _pretrain(self, chain: Chain, size: str, lock: int) -> tuple[Path | None, dict]:
-        """The encoder's folder, None from scratch; and what it took. From the first stage on whose units are of an
-        encoder fine-tuned on labels, they are made for each label size apart."""
-        recipe, encoder, of_size = chain.recipe, None, ""
+    def _pretrain(self, chain: Chain, lock: int) -> tuple[Path | None, dict]:
+        """The encoder's folder, None from scratch; and what it took."""
+        recipe, encoder = chain.recipe, None
         took = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "audio_hours": 0.0, "resumed": False}
         corpus = {"corpus": self.data[recipe.tier].unlabelled}
         script = (PEER, "pretrain") if recipe.is_peer else ("pretrain.py",)
@@ -161,28 +161,20 @@ class Comparison:
             done = []
             if stage["units"] is not None:
                 units = {**stage["units"], **corpus, "seed": chain.seed}
-                if share := units.pop("finetuned", None):
-                    of_size = f"-{chain.phase}-{size}-{recipe.finetuning_hash(size)}"
-                    guide = chain.folder / f"guide{number}{of_size}"
-                    made = self._train_recognizer(chain, size, encoder, guide, lock, share=share)
-                    done.append({name: value for name, value in made.items() if name not in ("updates", "audio_hours")})
-                    units["features"] = str(guide)
-                elif "layer" in units:
+                if "layer" in units:
                     units["features"] = str(encoder)
-                folder = chain.folder / f"units{number}{of_size}"
+                folder = chain.folder / f"units{number}"
                 units["output_dir"] = str(folder)
                 units |= {"device": "cpu"} if self._on_cpu(chain) else {}
                 make = partial(
                     self.processes[recipe.tier].run, "make_units.py", to_argv(units), beside(folder, ".log"), lock
                 )
                 done.append(made_once(beside(folder, ".json"), make))
-                if share and not self.config["keep_models"]:
-                    (guide / "model.safetensors").unlink(missing_ok=True)
                 options["units"] = str(folder)
             if stage["continues"]:
                 options["encoder"] = str(encoder)
                 options.pop("encoder_options", None)
-            encoder = chain.folder / f"stage{number}{of_size}"
+            encoder = chain.folder / f"stage{number}"
             done.append(self._train(chain, script, encoder, options, lock))
             for part in done:
                 took |= {name: value + (part.get(name) or 0) for name, value in took.items()}
@@ -210,10 +202,8 @@ class Comparison:
         folder: Path,
         lock: int,
         changes: dict | None = None,
-        share: float = 1.0,
     ) -> dict:
-        """Fine-tune into the folder, from new weights without an encoder, with changed options or for a share of the
-        updates; what it took."""
+        """Fine-tune into the folder, from new weights without an encoder, with changed options; what it took."""
         recipe = chain.recipe
         corpus = self.data[recipe.tier].labels(chain.phase, size, chain.seed).corpus
         options = {**recipe.finetuning[size], **(changes or {}), "corpus": [corpus]}
@@ -225,7 +215,6 @@ class Comparison:
         if recipe.takes_whole_budget:
             name = f"{folder.name}.updates"
             options["max_steps"] = self._kept(chain, name, partial(self._whole_budget, chain, size))
-        options["max_steps"] = max(1, round(share * options["max_steps"]))
         options["load_best_model_at_end"] = False
         script = (PEER, "finetune") if recipe.is_peer else ("finetune_ctc.py",)
         return self._train(chain, script, folder, options, lock)

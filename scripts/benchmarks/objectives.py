@@ -107,12 +107,8 @@ def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | No
         per_update["pretraining"] = same[-1][f"pretraining_{clock_of(tier)}_seconds"] / same[-1]["updates"]
     finetuning = [recipe.finetuning[size]["max_steps"] for size in chain.sizes]
     seconds = per_update["finetuning"] * sum(finetuning)
-    for number, stage in enumerate(recipe.stages):
-        options = stage["pretraining"]
-        once = float(options.get("seconds", 0)) + per_update["pretraining"] * options.get("max_steps", 0)
-        is_guided = recipe.guided_from is not None and number >= recipe.guided_from
-        seconds += once * (len(chain.sizes) if is_guided else 1)
-        seconds += per_update["finetuning"] * (stage["units"] or {}).get("finetuned", 0) * sum(finetuning)
+    for options in (stage["pretraining"] for stage in recipe.stages):
+        seconds += float(options.get("seconds", 0)) + per_update["pretraining"] * options.get("max_steps", 0)
     if recipe.self_training is not None:
         parts = recipe.self_training
         more = parts["rounds"] * parts["student"]["max_steps"] + parts["last"]["max_steps"]

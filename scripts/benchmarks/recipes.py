@@ -68,13 +68,6 @@ class Recipe:
         """Of pre-training, None where it is given as a time."""
         return None if self.is_peer else sum(stage["pretraining"]["max_steps"] for stage in self.stages)
 
-    @property
-    def guided_from(self) -> int | None:
-        """The first stage whose units are of an encoder fine-tuned on the labels, from which on each label size has an
-        encoder of its own; None if there is no such stage."""
-        guided = (number for number, stage in enumerate(self.stages) if "finetuned" in (stage["units"] or {}))
-        return next(guided, None)
-
     def pretraining_hash(self) -> str:
         return checksum(self.stages or self.encoder)
 
@@ -104,8 +97,6 @@ def read_config(file: Path) -> dict:
         _check(arm, "arm", f"arms.{name}")
         for number, stage in enumerate(arm.get("stages", [])):
             _check(stage, "stage", f"arms.{name}.stages[{number}]")
-            if number == 0 and "finetuned" in (stage.get("units") or {}):
-                raise ValueError(f"arms.{name}.stages[0]: finetuned needs an encoder of a stage before it")
         if "self_training" in arm:
             _check(arm["self_training"], "self_training", f"arms.{name}.self_training")
             if not arm.get("like") or {"pretraining", "stages"} & set(arm):
@@ -180,13 +171,12 @@ def same_in_both_tables(config: dict) -> set[str]:
 
 
 def of_own_length(config: dict) -> set[str]:
-    """Arms that have no row in the table of equal time: their stages are not meant to be as long together as one
-    pre-training, or what these take depends on the label size."""
+    """Arms that have no row in the table of equal time: self-trained ones, and those whose stages together are not as
+    long as one pre-training."""
 
     def has_own_length(arm: dict) -> bool:
-        stages = arm.get("stages") or [{}]
-        takes_labels = "self_training" in arm or any("finetuned" in (stage.get("units") or {}) for stage in stages)
-        return takes_labels or abs(sum(stage.get("share", 1) for stage in stages) - 1) > 1e-6
+        shares = [stage.get("share", 1) for stage in arm.get("stages") or [{}]]
+        return "self_training" in arm or abs(sum(shares) - 1) > 1e-6
 
     return {name for name in config["arms"] if has_own_length(_inherited(config["arms"], name))}
 
