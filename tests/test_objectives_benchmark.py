@@ -244,8 +244,14 @@ def test_options_stand_on_the_command_line_as_the_scripts_read_them(scripts):
 def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
     with pytest.raises(ValueError, match=r"arms.x: unknown pretrainig"):
         small_config(scripts, tmp_path, arms={"x": {"pretrainig": {}}})
+    parts = {"rounds": 1, "student": {}, "last": {}}
     with pytest.raises(ValueError, match=r"arms.x: self-training starts from the encoder of another arm"):
-        small_config(scripts, tmp_path, arms={"x": {"self_training": {"rounds": 1}}})
+        small_config(scripts, tmp_path, arms={"x": {"self_training": parts}})
+    arms = {"x": {}, "y": {"like": "x", "self_training": parts}, "z": {"like": "y", "pretraining": {}}}
+    with pytest.raises(ValueError, match=r"arms.z: self-training starts from the encoder of another arm"):
+        small_config(scripts, tmp_path, arms=arms, reference_arm="x")
+    with pytest.raises(ValueError, match=r"arms.y.self_training: last, student is missing"):
+        small_config(scripts, tmp_path, arms={"x": {}, "y": {"like": "x", "self_training": {"rounds": 1}}})
     with pytest.raises(ValueError, match="reference_arm: there is no arm 'y'"):
         small_config(scripts, tmp_path, reference_arm="y")
 
@@ -277,6 +283,16 @@ def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_pa
     of_own_length = {"hubert+best_rq_quarter", "hubert+best_rq_fourfold"}
     of_own_length |= {"hubert+best_rq_self_trained", "scratch_self_trained"}
     assert arms == set(config["arms"]) - without_pretraining - same - of_own_length
+
+
+def test_self_training_shares_the_encoder_of_another_arm_and_may_differ_by_tier(scripts):
+    config = scripts.recipes.read_config(YAML)
+    config["arms"]["mine"] = {"like": "hubert+best_rq_self_trained", "finetuning": {"learning_rate": 1}}
+    recipes = [scripts.recipes.build_recipe(config, tier, "mine", ["all"]) for tier in ("T1", "T3")]
+    assert {recipe.encoder_arm for recipe in recipes} == {"hubert+best_rq"}
+    assert [recipe.self_training["student"]["max_steps"] for recipe in recipes] == [2500, 8000]
+    assert {recipe.self_training["rounds"] for recipe in recipes} == {2}
+    assert scripts.recipes.build_recipe(config, "T1", "hubert+best_rq", ["all"]).self_training is None
 
 
 def test_an_arm_may_be_longer_than_others(scripts):
@@ -457,11 +473,12 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert rows["transformers_wav2vec2"]["updates"] >= 1
     assert rows["log_mel"]["parameters"] < rows["scratch"]["parameters"]
     assert not list(compare.folder.glob("runs/**/checkpoint-*"))
-    for finetuned in ("dev", "teacher"):
+    for finetuned in ("dev", "teacher", "student"):
         assert not list(compare.folder.glob(f"runs/**/{finetuned}*/model.safetensors"))
     report = (compare.folder / "report.md").read_text()
     assert report in capsys.readouterr().out
     assert "| best_rq | " in report
+    assert "| scratch_self_trained ‡ | " in report
     for kind in ("labels", "hours", "compute"):
         assert (compare.folder / f"T1_dev_updates_cer_{kind}.png").read_bytes().startswith(b"\x89PNG")
     processes, code = compare(*options)
@@ -517,7 +534,7 @@ def make_row(arm, seed, labels, edits, lengths, **changes):
         "cer": sum(edits) / sum(lengths), "clips": [str(number) for number in range(len(edits))], "cer_edits": edits,
         "cer_lengths": lengths, "loss_before": 1.0, "loss_last": 0.99, "updates": 2, "audio_hours": 1.5,
         "pretraining_cpu_seconds": 120.0, "pretraining_wall_seconds": 60.0, "parameters": 5_000_000, "commit": "abc",
-        "machine": "a machine",
+        "machine": "a machine", "options": "{}",
     } | changes  # fmt: skip
 
 
@@ -581,6 +598,18 @@ def test_report_says_mean_spread_reduction_and_what_does_not_count(scripts, tmp_
     assert "| best_rq | 3.0 min | 12.7 min | 4.2× |" in text  # 5/8 of the way from 3 to 30 over the logarithm
     assert "| best_rq | 1.50 | 2 | 2.0 | 1.0 | 5.00 M |  |  |  |" in text
     assert "commit abc; a machine" in text
+
+
+def test_convergence_is_not_asked_of_a_short_last_training(scripts, tmp_path):
+    config, falls = scripts.recipes.read_config(YAML), {"loss_last": 0.5}
+    trained = json.dumps({"self_training": {"rounds": 2}})
+    rows = [
+        make_row("best_rq", 0, "3", [1, 1], [10, 10], **falls),
+        make_row("scratch_self_trained", 0, "3", [1, 1], [10, 10], **falls, options=trained),
+    ]
+    report = scripts.comparison_report.write_report(rows, config, tmp_path)
+    assert "| best_rq | 10.0% (n=1) † |" in report
+    assert "| scratch_self_trained ‡ | 10.0% (n=1) |" in report
 
 
 def test_columns_whose_best_arm_is_useless_do_not_count(scripts, tmp_path):

@@ -119,10 +119,10 @@ class SpeechDataset(Dataset):
 
 
 def clip_ids(dataset: SpeechDataset) -> list[str]:
-    """Ids of the rows, of a part of a row with the second at which it starts: `talk.wav@12.5`."""
+    """Ids of the rows, of a part of a row with the second at which it starts: `talk.wav@12.500`."""
     ids = dataset.corpus["id"][:]
     return [
-        ids[row] if whole else f"{ids[row]}@{round(float(start), 3):g}"
+        ids[row] if whole else f"{ids[row]}@{start:.3f}"
         for row, start, whole in zip(dataset.rows, dataset.starts, dataset.whole)
     ]
 

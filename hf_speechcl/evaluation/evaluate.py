@@ -1,10 +1,8 @@
 """Score a speech recogniser on a corpus."""
 
-import hashlib
 import json
 import logging
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from ..text import normalize_text
 from .asr import SpeechErrorRates, align, frequent_errors, score_slices
 from .comparison import check_same_clips, compare, read_other_results
 from .report import write_report
-from .transcription import TranscriptLog, transcribe
+from .transcription import TranscriptLog, checksum, state_of_file, transcribe
 
 logger = logging.getLogger(__name__)
 
@@ -88,19 +86,11 @@ def run_identity(
     model = {file for pattern in FILES_OF_MODELS for file in Path(folder).glob(pattern)}
     return {
         "model": source_name(args.model),
-        "weights": _checksum(map(_state_of_file, sorted(model))),
+        "weights": checksum(map(state_of_file, sorted(model))),
         "dtype": computing.dtype,
-        "decoding": _checksum([vars(decoding), vars(recording), *map(_state_of_file, files)]),
-        "corpus": _checksum([*zip(corpus["id"], corpus["duration"])]),
+        "decoding": checksum([vars(decoding), vars(recording), *map(state_of_file, files)]),
+        "corpus": checksum([*zip(corpus["id"], corpus["duration"])]),
     }
-
-
-def _state_of_file(file: Path) -> tuple[str, int, int]:
-    return file.name, file.stat().st_size, file.stat().st_mtime_ns
-
-
-def _checksum(values: Iterable) -> str:
-    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:16]
 
 
 def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], int]:

@@ -1,8 +1,10 @@
 """All clips of a data set → their transcripts, by all processes of a launch, going on where a run was cut off."""
 
+import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,14 @@ def estimate_snr(waveform: np.ndarray, sampling_rate: int) -> float:
     noise, loud = np.percentile(np.square(frames, dtype=np.float64).mean(1), [10, 95])
     floor = max(loud, 1e-12) * 10 ** (-MAX_SNR / 10)
     return float(min(10 * np.log10(max(loud - noise, floor) / max(noise, floor)), MAX_SNR))
+
+
+def state_of_file(file: Path) -> tuple[str, int, int]:
+    return file.name, file.stat().st_size, file.stat().st_mtime_ns
+
+
+def checksum(values: Iterable) -> str:
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:16]
 
 
 class TranscriptLog:
@@ -86,7 +96,7 @@ class TranscriptLog:
         if different := sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name)):
             raise ValueError(
                 f"{file.name} holds transcripts of an interrupted run with another {', '.join(different)}: run that "
-                "again as it was, choose another output, or delete it (evaluate.py --restart True)"
+                "again as it was, choose another output_file, or start anew with --restart True"
             )
         self.records |= {record["id"]: record for record in map(json.loads, lines[1:])}
 
@@ -175,7 +185,8 @@ def _texts(
     recording: RecordingArguments | None,
 ) -> dict[int, str]:
     """Transcripts of the clips of a batch by their index."""
-    short = [clip for clip in clips if len(clip["input_values"]) <= limit * recognizer.sampling_rate]
+    longest = limit * recognizer.sampling_rate
+    short = [clip for clip in clips if len(clip["input_values"]) <= longest or not dataset.whole[clip["index"]]]
     transcripts = recognizer.transcribe([clip["input_values"] for clip in short]) if short else []
     texts = {clip["index"]: transcript.text for clip, transcript in zip(short, transcripts)}
     for clip in clips:

@@ -24,8 +24,9 @@ from ..command_line import option, parse_arguments
 from ..configuration_speechcl import SpeechCLConfig
 from ..ctc import BLANK, UNKNOWN, VOCABULARIES, WORD_DELIMITER, build_processor, preflight
 from ..data import CTCCollator, SpeechDataset
-from ..data.corpora import load_corpus, load_train_and_validation
+from ..data.corpora import load_train_and_validation
 from ..data.folders import source_name
+from ..data.pseudo_labels import PseudoLabels, load_pseudo_labels
 from ..modeling_speechcl import SpeechCLForCTC
 from ..text_policy import TextPolicy, apply_policy
 from .arguments import CorpusArguments, set_up_logging
@@ -74,8 +75,8 @@ class CTCDataArguments(RegularizationArguments, CorpusArguments):
     text_column: str = option("text", "Column with the transcript in parquet files, metadata and Hub data sets.")
     pseudo_labels: list[str] = option(
         [],
-        "Folders of scripts/make_pseudo_labels.py: learnt from beside the corpus, but for the vocabulary, and never "
-        "validated on.",
+        "Folders of scripts/make_pseudo_labels.py: learnt from beside the corpus, but for the vocabulary. Recordings "
+        "of the corpus are left out.",
     )
     casing: str | None = option(None, "Of the text that is learnt: lower, upper or keep; lower by default.")
     punctuation: str | None = option(None, "remove (but for apostrophes within words) or keep; remove by default.")
@@ -118,6 +119,25 @@ def text_policy(data_args: CTCDataArguments, config: SpeechCLConfig) -> TextPoli
     return policy
 
 
+def check_pseudo_labels(pseudo_labels: list[PseudoLabels], policy: TextPolicy, sampling_rate: int) -> None:
+    """Refuse texts of a recogniser with another text policy, and warn of audio that it heard at a lower rate."""
+    for labels in pseudo_labels:
+        name, theirs = source_name(str(labels.folder)), labels.description["text_policy"]
+        if theirs is not None and (changed := [key for key, own in policy.to_dict().items() if theirs.get(key) != own]):
+            shown = ", ".join(f"{key} {theirs.get(key)} (now {policy.to_dict()[key]})" for key in changed)
+            raise ValueError(
+                f"pseudo_labels: the recogniser that wrote {name} was trained with {shown}: give these options here, "
+                "or let another recogniser write the texts"
+            )
+        if labels.description["sampling_rate"] < sampling_rate:
+            logger.warning(
+                "%s holds audio of %d Hz, and the model hears %d Hz: what is above half of the former is missing in it",
+                name,
+                labels.description["sampling_rate"],
+                sampling_rate,
+            )
+
+
 def is_recognizer(model_args: FineTuningModelArguments) -> bool:
     """Whether the model has a vocabulary already."""
     return not model_args.is_from_scratch and bool(
@@ -152,27 +172,38 @@ def write_recognizer_card(
     trainer: CTCTrainer,
     model_args: FineTuningModelArguments,
     data_args: CTCDataArguments,
+    pseudo_labels: list[PseudoLabels],
+    num_true: int,
     folder: Path,
     metrics: dict[str, float],
     runtime_seconds: float,
 ) -> None:
-    """Write the model card of a fine-tuned model beside it."""
+    """Write the model card of a fine-tuned model beside it. The first `num_true` of its training clips have true
+    transcripts."""
     args, config, tokenizer = trainer.args, trainer.model.config, trainer.processing_class.tokenizer
     origin = "from scratch" if model_args.is_from_scratch else f"from `{source_name(model_args.model)}`"
     tokens = sorted(set(tokenizer.get_vocab()) - {BLANK, UNKNOWN, WORD_DELIMITER})
     kind = "characters" if all(len(token) == 1 for token in tokens) else "pieces"
     # transformers' pipeline has timestamps of characters and words only where the vocabulary is of characters.
     usage = USE_CTC if kind == "characters" else USE_CTC.replace(', return_timestamps="word"', "")
-    written = f"these characters: `{' '.join(tokens)}`" if kind == "characters" else f"{len(tokens)} pieces of words"
+    letters = f"these characters: `{' '.join(tokens)}`" if kind == "characters" else f"{len(tokens)} pieces of words"
     validation, policy = trainer.eval_dataset, str(TextPolicy(**config.text_policy))
-    folders = ", ".join(f"`{source_name(folder)}`" for folder in data_args.pseudo_labels)
-    written_by_machine = f"The texts of {folders} were written by a recogniser. " if folders else ""
+    train = trainer.train_dataset.corpus
+    data = [data_row(data_args.corpus, "train", train.select(range(num_true)))]
+    if pseudo_labels:
+        written = train.select(range(num_true, len(train)))
+        data.append(data_row(data_args.pseudo_labels, "train, pseudo-labels", written))
+    written_by_machine = "".join(
+        f"The texts of `{source_name(str(labels.folder))}` (audio of {', '.join(labels.description['corpus'])}) were "
+        f"written by the recogniser `{labels.description['recognizer']}`. "
+        for labels in pseudo_labels
+    )
     rates = {name: metrics[f"eval_{name}"] for name in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high")}
     write_card(
         folder,
         config=config,
         title="SpeechCL speech recogniser (CTC)",
-        summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of {written}.",
+        summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of {letters}.",
         usage=usage,
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
@@ -191,13 +222,7 @@ def write_recognizer_card(
                 **rates,
             }
         ),
-        data=[
-            data_row(sources, split, data.corpus)
-            for sources, split, data in [
-                ([*data_args.corpus, *data_args.pseudo_labels], "train", trainer.train_dataset),
-                (data_args.corpus, "validation", validation),
-            ]
-        ],
+        data=[*data, data_row(data_args.corpus, "validation", validation.corpus)],
         model=describe_model(config, trainer.model.num_parameters()),
         training=f"{describe_finetuning(trainer, model_args, data_args)} {written_by_machine}Text: {policy}. "
         + describe_run(
@@ -220,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(model_args)
     regularization = data_args.regularization(config)
     policy = text_policy(data_args, config)
+    pseudo_labels = [PseudoLabels.load(folder) for folder in data_args.pseudo_labels]
+    check_pseudo_labels(pseudo_labels, policy, config.sampling_rate)
     if data_args.vocabulary is not None and is_recognizer(model_args):
         raise ValueError(
             f"vocabulary={data_args.vocabulary}, but {model_args.model} is a recogniser with a vocabulary: leave it "
@@ -239,9 +266,9 @@ def main(argv: list[str] | None = None) -> None:
             require_text=True,
         )
         num_transcribed = len(corpora[0])
-        if data_args.pseudo_labels:
-            pseudo_labelled = load_corpus(data_args.pseudo_labels, require_text=True)
-            corpora = (concatenate_datasets([corpora[0], pseudo_labelled]), corpora[1])
+        if pseudo_labels:
+            written = load_pseudo_labels(pseudo_labels, concatenate_datasets(corpora))
+            corpora = (concatenate_datasets([corpora[0], written]), corpora[1])
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     texts, left_out = [], []
@@ -280,6 +307,12 @@ def main(argv: list[str] | None = None) -> None:
         report.save(output_dir / f"preflight_{name}.json")
         if not kept:
             raise ValueError(f"no clip of {name} can be trained on: see {output_dir / f'preflight_{name}.json'}")
+        if name == "train":
+            num_true = sum(row < num_transcribed for row in kept)
+            if pseudo_labels and num_true == len(kept):
+                raise ValueError(
+                    f"no clip of pseudo_labels can be trained on: see {output_dir / 'preflight_train.json'}"
+                )
         datasets.append(SpeechDataset(corpora[split].select(kept), config.sampling_rate, args.seed, min_seconds=0))
         labels.append(kept_labels)
         references.append([texts[split][row] for row in kept])
@@ -298,4 +331,5 @@ def main(argv: list[str] | None = None) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if tuner is not None:
         tuner.merge_and_unload(safe_merge=True)
-    finish_run(trainer, result.metrics["train_runtime"], partial(write_recognizer_card, trainer, model_args, data_args))
+    write = partial(write_recognizer_card, trainer, model_args, data_args, pseudo_labels, num_true)
+    finish_run(trainer, result.metrics["train_runtime"], write)

@@ -11,97 +11,118 @@ import pyarrow
 import pyarrow.parquet
 import soundfile
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..cards import describe_licenses
 from ..command_line import option, parse_arguments
 from ..data import SpeechDataset, load_corpus
-from ..data.audio import to_int16
+from ..data.corpora import column_of
 from ..data.dataset import clip_ids, decoded
-from ..data.folders import source_name, without_folders
+from ..data.folders import source_name
+from ..data.pseudo_labels import DESCRIPTION, SCHEMA, PseudoLabels, recording_key
 from ..decoding import DecodingArguments
-from ..evaluation.transcription import TranscriptLog, transcribe
+from ..evaluation.transcription import TranscriptLog, checksum, state_of_file, transcribe
 from ..hub import weights_digest
 from ..recognizer import ComputingArguments, SpeechRecognizer
 from .arguments import ClipArguments
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_GROUP = 100  # of the parquet file
-WRITTEN, TEXTS = "train.parquet", "texts"
-AUDIO = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-SCHEMA = pyarrow.schema(
-    {"id": pyarrow.string(), "audio": AUDIO, "text": pyarrow.string(), "duration": pyarrow.float64()}
-)
-
-DESCRIPTION = """Transcribe a corpus without texts by a trained recogniser, for scripts/finetune_ctc.py to learn from
-beside the true transcripts: self-training, or pseudo-labelling (Kahn et al. 2020, arXiv 1909.09116; on top of
-pre-training, Xu et al. 2021, arXiv 2010.11430).
+ROWS_PER_GROUP = 100  # of the parquet files
+HELP = """Transcribe a corpus without texts by a trained recogniser, for scripts/finetune_ctc.py to learn from beside
+the true transcripts: self-training, or pseudo-labelling (Kahn et al. 2020, arXiv 1909.09116; on top of pre-training, Xu
+et al. 2021, arXiv 2010.11430).
 
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --output_dir runs/teacher
     python scripts/make_pseudo_labels.py --model runs/teacher --corpus my_audio --output_dir runs/pseudo1
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --pseudo_labels runs/pseudo1 \\
       --output_dir runs/student
 
-The student may be the teacher of a second round. The output folder holds a parquet file with audio and text of every
-clip that could be decoded, and pseudo_labels.json. The same command goes on where it was killed; accelerate launch
-shares the work."""
+The student may be the teacher of a second round. The output folder holds parquet files with audio and text of every
+clip that could be decoded. Long recordings are cut into equal parts, also within words. The same command goes on where
+it was killed; accelerate launch shares the work."""
 
 
 @dataclass
 class PseudoLabelArguments:
     model: str = option("", "Folder or Hub name of a speech recogniser, of this package or any of transformers.")
+    trust_remote_code: bool = option(False, "Run the code that comes with a model; those of this package need none.")
     corpus: list[str] = option([], "Sources of audio, as for scripts/pretrain.py.")
     split: str = option("train", "Of the sources.")
     audio_column: str = option("audio", "Column with the audio in parquet files and Hub data sets.")
-    output_dir: str = option("runs/pseudo_labels", "Folder for the clips and their texts.")
+    output_dir: str = option(
+        "runs/pseudo_labels", "Folder for a copy of the clips, at the recogniser's rate, with texts."
+    )
     max_seconds_per_batch: float = option(60.0, "Seconds of audio transcribed together, padding included.")
 
     def __post_init__(self):
         for name in ("model", "corpus"):
             if not getattr(self, name):
                 raise ValueError(f"expected --{name}")
+        if self.max_seconds_per_batch <= 0:
+            raise ValueError(f"max_seconds_per_batch must be positive, found {self.max_seconds_per_batch}")
 
 
-def is_made(folder: Path, description: dict) -> bool:
-    """Whether the folder holds the texts of this description already.
+def open_folder(folder: Path, description: dict) -> PseudoLabels:
+    """The folder with what is there of these pseudo-labels already.
 
     Raises:
         FileExistsError: it holds something else.
     """
-    file = folder / "pseudo_labels.json"
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name in description if found.get(name) != description[name]]
-        if changed:
-            shown = "; ".join(f"{name}={found.get(name)!r}, now {description[name]!r}" for name in changed)
-            raise FileExistsError(f"{folder} holds texts made with {shown}: delete it or give another --output_dir")
-        return True
-    if folder.exists() and any(not path.name.startswith((WRITTEN, TEXTS)) for path in folder.iterdir()):
+    labels = PseudoLabels(folder, description)
+    if not folder.exists() or all(path.name == f"{DESCRIPTION}.begun" for path in folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        labels.save_description()
+    elif not (folder / DESCRIPTION).is_file():
         raise FileExistsError(f"{folder} holds other files: delete it or give another --output_dir")
-    return False
+    found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    own, other = description["identity"], found["identity"]
+    if changed := [f"{name}={other.get(name)!r}, now {own[name]!r}" for name in own if other.get(name) != own[name]]:
+        raise FileExistsError(
+            f"{folder} holds texts made with {'; '.join(changed)}: delete it or give another --output_dir"
+        )
+    return PseudoLabels(folder, found)
 
 
-def write_clips(dataset: SpeechDataset, texts: list[str | None], file: Path) -> None:
-    """Write audio, as FLAC of 16 bits, and text of every clip that has one, into a parquet file."""
-    clips = [clip for clip, text in enumerate(texts) if text is not None]
-    names, rate = clip_ids(dataset), dataset.sampling_rate
-    begun = file.with_name(f"{file.name}.begun")
+def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> int:
+    """Write audio, as FLAC of 16 bits, and text of the clips that have one into a parquet file; how many there are."""
+    clips, rows, written = [clip for clip in clips if texts[clip] is not None], [], 0
+    names, recordings = clip_ids(dataset), dataset.corpus["id"][:]
+    seconds = column_of(dataset.corpus, "duration").to_pylist()
+    begun = file.with_suffix(".begun")
     with pyarrow.parquet.ParquetWriter(begun, SCHEMA) as writer:
-        rows = []
-        for clip, samples in zip(clips, tqdm(decoded(dataset, clips), desc="writing", total=len(clips), unit="clip")):
-            stream = io.BytesIO()
-            soundfile.write(stream, to_int16(samples), rate, format="FLAC", subtype="PCM_16")
-            audio = {"bytes": stream.getvalue(), "path": None}
-            rows.append({"id": names[clip], "audio": audio, "text": texts[clip], "duration": len(samples) / rate})
-            if len(rows) == ROWS_PER_GROUP or clip == clips[-1]:
+        progress = tqdm(decoded(dataset, clips), desc="writing", total=len(clips), unit="clip", mininterval=1)
+        for clip, samples in zip(clips, progress):
+            if samples is None:
+                continue
+            stream, row = io.BytesIO(), int(dataset.rows[clip])
+            soundfile.write(stream, samples, dataset.sampling_rate, format="FLAC", subtype="PCM_16")
+            rows.append(
+                {
+                    "id": names[clip],
+                    "audio": {"bytes": stream.getvalue(), "path": None},
+                    "text": texts[clip],
+                    "duration": len(samples) / dataset.sampling_rate,
+                    "recording": recording_key(recordings[row], seconds[row]),
+                }
+            )
+            written += 1
+            if len(rows) == ROWS_PER_GROUP:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
                 rows = []
-    begun.replace(file)
+        if rows:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
+    if written:
+        begun.replace(file)
+    else:
+        begun.unlink()
+    return written
 
 
 def main(argv: list[str] | None = None) -> None:
     args, clips, computing, decoding = parse_arguments(
-        [PseudoLabelArguments, ClipArguments, ComputingArguments, DecodingArguments], DESCRIPTION, argv
+        [PseudoLabelArguments, ClipArguments, ComputingArguments, DecodingArguments], HELP, argv
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("hf_speechcl").setLevel(logging.INFO)
@@ -111,30 +132,54 @@ def main(argv: list[str] | None = None) -> None:
         device=state.device if computing.device == "auto" else computing.torch_device,
         dtype=computing.dtype,
         decoding=decoding,
+        trust_remote_code=args.trust_remote_code,
     )
-    options = {"model": args.model, "weights": weights_digest(recognizer.model), "dtype": computing.dtype}
-    options |= {name: getattr(args, name) for name in ("corpus", "split", "audio_column")}
-    options |= {**vars(clips), **vars(decoding)}
-    description = {name: without_folders(value) for name, value in options.items()}
+    corpus = load_corpus(args.corpus, args.split, args.audio_column)
+    of_language_model = [] if decoding.lm is None else state_of_file(Path(decoding.lm))
+    description = {
+        "identity": {
+            "weights": weights_digest(recognizer.model),
+            "dtype": computing.dtype,
+            "decoding": checksum([vars(decoding), *of_language_model]),
+            "clips": checksum([*zip(corpus["id"], corpus["duration"])]),
+            **vars(clips),
+        },
+        "recognizer": source_name(args.model),
+        "corpus": [source_name(source) for source in args.corpus],
+        "text_policy": getattr(recognizer.model.config, "text_policy", None),
+        "sampling_rate": recognizer.sampling_rate,
+    }
     folder = Path(args.output_dir)
-    if is_made(folder, description):
+    with state.main_process_first():
+        labels = open_folder(folder, description)
+    if labels.is_complete:
         logger.info("%s holds these texts already", source_name(args.output_dir))
         return
 
-    corpus = load_corpus(args.corpus, args.split, args.audio_column)
-    dataset = SpeechDataset(
-        corpus, recognizer.sampling_rate, max_seconds=clips.max_seconds, min_seconds=clips.min_seconds, in_16_bits=False
+    options = {"max_seconds": clips.max_seconds, "min_seconds": clips.min_seconds}
+    heard, kept = (
+        SpeechDataset(corpus, recognizer.sampling_rate, **options, in_16_bits=in_16_bits)
+        for in_16_bits in (False, True)
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    log = TranscriptLog(folder / TEXTS, description)
-    records = transcribe(recognizer, dataset, max(args.max_seconds_per_batch, clips.max_seconds), log)
+    log = TranscriptLog(folder / "texts", description["identity"])
+    texts = [record["text"] for record in transcribe(recognizer, heard, args.max_seconds_per_batch, log)]
+    if not any(texts):
+        raise ValueError(f"{source_name(args.model)} wrote nothing of any of {len(texts)} clips: train it for longer")
+    own = range(state.process_index, len(texts), state.num_processes)
+    file = folder / f"train-{state.process_index:05d}-of-{state.num_processes:05d}.parquet"
+    written = sum(gather_object([write_clips(kept, texts, list(own), file)]))
     if state.is_main_process:
-        texts = [record["text"] for record in records]
-        write_clips(dataset, texts, folder / WRITTEN)
-        text = json.dumps(description, indent=1, ensure_ascii=False)
-        (folder / "pseudo_labels.json").write_text(text, encoding="utf-8")
+        for stale in set(folder.glob("train-*.parquet")) - set(
+            folder.glob(f"train-*-of-{state.num_processes:05d}.parquet")
+        ):
+            stale.unlink()
+        licenses = " ".join(describe_licenses(args.corpus, None))
+        (folder / "LICENSE.md").write_text(f"Audio of {licenses}\n", encoding="utf-8")
+        labels.description.update(clips=written, hours=kept.hours, undecodable=len(texts) - written)
+        labels.description.update(empty=texts.count(""))
+        labels.save_description()
         print(
-            f"{len(texts)} clips ({dataset.hours:.2f} h): {texts.count(None)} could not be decoded, "
-            f"{texts.count('')} have an empty text"
+            f"{written} of {len(texts)} clips ({kept.hours:.2f} h) are written, {len(texts) - written} could not be "
+            f"decoded, {texts.count('')} have an empty text"
         )
     log.remove()

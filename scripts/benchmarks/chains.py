@@ -88,6 +88,8 @@ class Comparison:
                     if chain.recipe.self_training is not None:
                         start, took = self._self_train(chain, size, encoder, pretraining, lock)
                     self._finetune(chain, size, start, took, lock)
+                    if chain.recipe.self_training is not None and not self.config["keep_models"]:
+                        (start / "model.safetensors").unlink(missing_ok=True)
                     left -= 1
                     logger.info("finished %s", chain.run_name(size))
         except Exception as error:
@@ -131,10 +133,14 @@ class Comparison:
         done = [self._train_recognizer(chain, size, encoder, teacher, lock)]
         for number in range(1, recipe.self_training["rounds"] + 1):
             texts, student = (chain.folder / f"{kind}{number}{of_size}" for kind in ("pseudo_labels", "student"))
-            options = {"model": str(teacher), "corpus": self.data[recipe.tier].unlabelled, "output_dir": str(texts)}
+            options = {"model": str(teacher), "corpus": self.data[recipe.tier].same_language, "output_dir": str(texts)}
             options |= {"device": "cpu"} if self._on_cpu(chain) else {}
-            make = partial(processes.run, "make_pseudo_labels.py", to_argv(options), beside(texts, ".log"), lock)
-            done.append(made_once(beside(texts, ".json"), make))
+
+            def write(options=options, texts=texts) -> dict:
+                shutil.rmtree(texts, ignore_errors=True)  # from the beginning, so that all of it is timed
+                return processes.run("make_pseudo_labels.py", to_argv(options), beside(texts, ".log"), lock)
+
+            done.append(made_once(beside(texts, ".json"), write))
             changes = {**recipe.self_training["student"], "pseudo_labels": [str(texts)]}
             done.append(self._train_recognizer(chain, size, start, student, lock, changes))
             shutil.rmtree(texts, ignore_errors=True)

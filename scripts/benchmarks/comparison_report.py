@@ -1,12 +1,13 @@
 """The comparison's results → tables in Markdown, and plots."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from recipes import clock_of, same_in_both_tables
+from recipes import clock_of, of_own_length, same_in_both_tables
 
 from hf_speechcl.evaluation.asr import bootstrap_interval, resample
 
@@ -51,7 +52,9 @@ class Cell:
 
     @property
     def has_converged(self) -> bool:
-        return all(has_converged(row["loss_before"], row["loss_last"]) for row in self.rows)
+        """Of a self-trained arm it is not asked: the last of its trainings is short and begins with a trained model."""
+        judged = [row for row in self.rows if not json.loads(row["options"]).get("self_training")]
+        return all(has_converged(row["loss_before"], row["loss_last"]) for row in judged)
 
     def counts(self, seeds: Iterable[int] | None = None) -> np.ndarray:
         """Errors and lengths of every clip (N, 2), the errors as means over seeds."""
@@ -139,8 +142,8 @@ def sizes_of(cells: Cells) -> list[str]:
     return sorted(minutes, key=minutes.get)
 
 
-def error_table(cells: Cells) -> list[str]:
-    """Rows of arms, columns of label sizes."""
+def error_table(cells: Cells, own_length: set[str]) -> list[str]:
+    """Rows of arms, columns of label sizes; arms of a length of their own are marked."""
     sizes = sizes_of(cells)
     best = {size: min(own[size].mean for own in cells.values() if size in own) for size in sizes}
     minutes = {size: next(own[size].minutes for own in cells.values() if size in own) for size in sizes}
@@ -161,7 +164,7 @@ def error_table(cells: Cells) -> list[str]:
                 if baseline is not None and arm not in BASELINES and (found := relative_reduction(cell, baseline)):
                     text += f"; {sign}{describe_reduction(found)}"
             shown.append(text)
-        lines.append(f"| {arm} | " + " | ".join(shown) + " |")
+        lines.append(f"| {arm}{' ‡' if arm in own_length else ''} | " + " | ".join(shown) + " |")
     return lines
 
 
@@ -282,7 +285,7 @@ def write_report(rows: list[dict], config: dict, folder: Path) -> str:
         for score in scores:
             cells = collect(rows, config, tier, phase, table, score)
             name = NAMES.get((tier, score), score.upper())
-            parts += ["\n".join([f"**{name[0].upper()}{name[1:]}**", "", *error_table(cells)])]
+            parts += ["\n".join([f"**{name[0].upper()}{name[1:]}**", "", *error_table(cells, of_own_length(config))])]
             if needed := needed_table(cells):
                 parts.append("\n".join(["Labels that scratch needs for the same error:", "", *needed]))
             files = plot(cells, f"{name}, {scored}", clock, folder, f"{tier}_{phase}_{table}_{score}")
@@ -293,8 +296,9 @@ def write_report(rows: list[dict], config: dict, folder: Path) -> str:
         parts.append(
             "Mean over n seeds ± standard deviation; change of the error against scratch (and against scratch with the "
             "whole budget) in percent of it, with paired bootstrap 95% intervals over clips. † does not count: "
-            f"fine-tuning had not converged, or the best arm's error is {USEFUL:.0%} or more. Newest run: commit "
-            f"{last['commit']}; {last['machine']}."
+            f"fine-tuning had not converged, or the best arm's error is {USEFUL:.0%} or more. ‡ of a length of its "
+            "own, not with as many updates as the others; of self-trained arms convergence is not judged. Newest run: "
+            f"commit {last['commit']}; {last['machine']}."
         )
     else:
         parts.append("No run is finished.")

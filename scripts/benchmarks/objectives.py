@@ -101,7 +101,7 @@ def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | No
     recipe, tier = chain.recipe, config["tiers"][chain.recipe.tier]
     if recipe.needs_rows or chain.table == "time":
         return None
-    same = [row for row in rows if row["tier"] == recipe.tier and row["arm"] == recipe.arm and row["updates"]]
+    same = [row for row in rows if row["tier"] == recipe.tier and row["arm"] == recipe.encoder_arm and row["updates"]]
     per_update = dict(tier["seconds_per_update"])
     if same:
         per_update["pretraining"] = same[-1][f"pretraining_{clock_of(tier)}_seconds"] / same[-1]["updates"]
@@ -123,6 +123,7 @@ def print_plan(chains: list[Chain], config: dict, rows: list[dict]) -> None:
     for chain in filter(lambda chain: chain.sizes, chains):
         recipe, minutes = chain.recipe, estimate_minutes(chain, config, rows)
         updates = "as long as others" if recipe.updates is None else recipe.updates
+        updates = f"{updates}, self-training" if recipe.self_training else updates
         sizes = ", ".join(f"{size}: {recipe.finetuning[size]['max_steps']}" for size in chain.sizes)
         shown = "by rows to come" if minutes is None else f"{minutes:.0f}"
         print(f"| {recipe.tier} | {recipe.arm} | {chain.seed} | {updates} | {sizes} | {shown} |")

@@ -97,12 +97,15 @@ def read_config(file: Path) -> dict:
         _check(arm, "arm", f"arms.{name}")
         for number, stage in enumerate(arm.get("stages", [])):
             _check(stage, "stage", f"arms.{name}.stages[{number}]")
-        if "self_training" in arm:
-            _check(arm["self_training"], "self_training", f"arms.{name}.self_training")
-            if not arm.get("like") or {"pretraining", "stages"} & set(arm):
-                raise ValueError(f"arms.{name}: self-training starts from the encoder of another arm: say like which")
+        _check(arm.get("self_training", {}), "self_training", f"arms.{name}.self_training")
         if arm.get("like") is not None and arm["like"] not in config["arms"]:
             raise ValueError(f"arms.{name}.like: there is no arm {arm['like']!r}")
+    for name, arm in config["arms"].items():
+        if parts := _inherited(config["arms"], name).get("self_training"):
+            if not arm.get("like") or {"pretraining", "stages"} & set(arm):
+                raise ValueError(f"arms.{name}: self-training starts from the encoder of another arm: say like which")
+            if missing := sorted(KEYS["self_training"] - set(parts)):
+                raise ValueError(f"arms.{name}.self_training: {', '.join(missing)} is missing")
     _check(config["quick"], "quick", "quick")
     if config["reference_arm"] not in config["arms"]:
         raise ValueError(f"reference_arm: there is no arm {config['reference_arm']!r}")
@@ -138,7 +141,7 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
             shared = {name: shared[name] for name in SHARED_WITH_PEER if name in shared}
         finetuning[size] = _merge(shared, *(_finetuning(layer, size) for layer in of_arm))
     encoder = {} if stages else {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
-    self_training = own.get("self_training")
+    self_training = _merge(*(layer.get("self_training", {}) for layer in of_arm)) or None
     return Recipe(
         tier,
         arm,
@@ -147,9 +150,14 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         is_peer,
         takes_whole_budget=bool(own.get("whole_budget")),
         finetuning=finetuning,
-        encoder_arm=config["arms"][arm]["like"] if self_training else arm,
+        encoder_arm=_encoder_arm(config["arms"], arm),
         self_training=self_training,
     )
+
+
+def _encoder_arm(arms: dict[str, dict], name: str) -> str:
+    """The arm whose encoder it is: the first that has no self-training of those that it is like."""
+    return _encoder_arm(arms, arms[name]["like"]) if "self_training" in _inherited(arms, name) else name
 
 
 def _finetuning(layer: dict, size: str) -> dict:

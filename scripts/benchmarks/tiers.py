@@ -46,6 +46,11 @@ class TierData:
         data: folder with pool, phones_ru, prompts_en and queen_en.
         folder: for what is made, each part of it once.
 
+    Attributes:
+        unlabelled: sources of audio to pre-train on.
+        same_language: those of them in the language of the labels, for self-training.
+        probe, voices: sources of clips with phones and of clips with speakers.
+
     Raises:
         FileNotFoundError: `data` lacks a part of it.
         ValueError: a test utterance of T1 is among its unlabelled audio.
@@ -60,9 +65,10 @@ class TierData:
         self.probe, self.voices = str(data / "phones_ru"), str(data / "queen_en")
         if name == "T1":
             make_once(self.folder / "sources", self._make_phones)
-            self.unlabelled = [str(self.folder / "sources/unlabelled")]
+            self.unlabelled = self.same_language = [str(self.folder / "sources/unlabelled")]
         else:
             self.unlabelled = [str(data / part) for part in needed]
+            self.same_language = [str(data / part) for part in needed if part != "pool"]
 
     def _make_phones(self, folder: Path) -> None:
         pool = [pyarrow.parquet.read_table(file) for file in sorted(self.data.glob("pool/*.parquet"))]
