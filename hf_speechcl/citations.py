@@ -108,6 +108,14 @@ REFERENCES = {
         "year": 2006,
         "url": "https://doi.org/10.1145/1143844.1143891",
     },
+    "pseudo_labels": {
+        "key": "kahn2020self",
+        "title": "Self-Training for End-to-End Speech Recognition",
+        "author": "Kahn, Jacob and Lee, Ann and Hannun, Awni",
+        "booktitle": "IEEE International Conference on Acoustics, Speech and Signal Processing",
+        "year": 2020,
+        "url": "https://arxiv.org/abs/1909.09116",
+    },
     "hf_speechcl": {
         "key": "hf_speechcl",
         "title": "hf\\_speechcl: Self-supervised Speech Pre-training in the Hugging Face Ecosystem",
@@ -125,7 +133,7 @@ def methods_of(objectives: dict[str, dict] | None) -> list[str]:
 
 
 def bibtex(methods: list[str]) -> str:
-    """A fenced block of BibTeX entries for methods (objectives and "ctc") that have one, and for this package."""
+    """A fenced block of BibTeX entries for methods (objectives, "ctc" …) that have one, and for this package."""
     cited = [REFERENCES[name] for name in [*methods, "hf_speechcl"] if name in REFERENCES]
     return "\n".join(["```bibtex", *(_entry(**reference) for reference in cited), "```"])
 

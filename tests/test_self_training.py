@@ -254,6 +254,7 @@ def test_pseudo_labels_are_learnt_from_beside_the_corpus(trained, clips, tmp_pat
     assert json.loads((tmp_path / "student/preflight_validation.json").read_text())["num_clips"] == len(validation)
     card = (tmp_path / "student/README.md").read_text()
     assert "(audio of my_audio) were written by the recogniser `ear`" in card
+    assert "kahn2020self" in card
     (row,) = (line for line in card.splitlines() if "train, pseudo-labels" in line)
     assert row.split("|")[3].strip() == "1"
     true = next(line for line in card.splitlines() if line.startswith("| demo | train |"))

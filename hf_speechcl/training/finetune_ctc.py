@@ -208,7 +208,7 @@ def write_recognizer_card(
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
         sources=[*data_args.corpus, *data_args.pseudo_labels],
-        methods=[*methods_of(config.objectives), "ctc"],
+        methods=[*methods_of(config.objectives), "ctc", *(["pseudo_labels"] if pseudo_labels else [])],
         args=args,
         base_model=None if model_args.is_from_scratch else model_args.model,
         eval_results=error_rate_results(
