@@ -4,10 +4,13 @@ import datetime
 import json
 import logging
 import shutil
+import threading
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from processes import Processes, Results, RunError, beside, commit, made_once, only_one, train
 from recipes import Recipe, checksum, clock_of, to_argv
 from tiers import TierData
@@ -19,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 PEER = "benchmarks/peer.py"
 PROBE_SCORES = {"probe_accuracy": "phone_accuracy", "abx_error": "abx_error"}
+NOTHING = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "audio_hours": 0.0, "resumed": False}
 TRAINER_OPTIONS = {"eval_strategy": "no", "disable_tqdm": True, "report_to": "none"}
 
 
@@ -76,35 +80,38 @@ class Comparison:
     def __init__(self, config: dict, data: dict[str, TierData], results: Results):
         self.config, self.data, self.results = config, data, results
         self.processes = {tier: Processes(config["tiers"][tier]["threads"]) for tier in data}
+        self.measuring = defaultdict(threading.Lock)  # by encoder
 
-    def run(self, chain: Chain) -> int:
-        """Run a chain to its end; how many of its label sizes failed."""
-        left = len(chain.sizes)
-        try:
-            with only_one(chain.folder) as lock:
-                encoder, pretraining = self._find_encoder(chain, lock)
-                for size in chain.sizes:
-                    start, took = encoder, pretraining
-                    if chain.recipe.self_training is not None:
-                        start, took = self._self_train(chain, size, encoder, pretraining, lock)
-                    self._finetune(chain, size, start, took, lock)
-                    if chain.recipe.self_training is not None and not self.config["keep_models"]:
-                        (start / "model.safetensors").unlink(missing_ok=True)
-                    left -= 1
-                    logger.info("finished %s", chain.run_name(size))
-        except Exception as error:
-            logger.error(
-                "failed: %s seed %d, %d label sizes left. %s", chain.recipe.arm, chain.seed, left, error,
-                exc_info=not isinstance(error, RunError),
-            )  # fmt: skip
-        return left
+    def encoder_folder(self, chain: Chain) -> Path:
+        """Of the pre-training that the chain begins with, which may be another arm's."""
+        return chain.folder.parents[1] / chain.recipe.encoder_arm / chain.folder.name
+
+    def make_encoder(self, chain: Chain) -> tuple[Path | None, dict]:
+        """The encoder's folder, None from scratch; and what it took."""
+        if not chain.recipe.stages:
+            return None, dict(NOTHING)
+        folder = self.encoder_folder(chain)
+        with only_one(folder / "lock") as lock:
+            return self._pretrain(replace(chain, folder=folder), lock)
+
+    def finish(self, chain: Chain, size: str, encoder: Path | None, took: dict) -> None:
+        """Go from an encoder, which took this, to a row for a label size."""
+        folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
+        with only_one(beside(folder, ".lock")) as lock:
+            start = encoder
+            if chain.recipe.self_training is not None:
+                start, took = self._self_train(chain, size, encoder, took, lock)
+            self._finetune(chain, size, start, took, lock)
+            if chain.recipe.self_training is not None and not self.config["keep_models"]:
+                (start / "model.safetensors").unlink(missing_ok=True)
+        logger.info("finished %s", chain.run_name(size))
 
     def stop(self) -> None:
         for processes in self.processes.values():
             processes.stop()
 
     def _on_cpu(self, chain: Chain) -> bool:
-        return self.config["tiers"][chain.recipe.tier]["device"] == "cpu"
+        return self.config["tiers"][chain.recipe.tier]["device"] == "cpu" or not torch.cuda.is_available()
 
     def _train(self, chain: Chain, script: tuple[str, ...], folder: Path, options: dict, lock: int) -> dict:
         shown = {"seed": chain.seed, **({"use_cpu": True} if self._on_cpu(chain) else {})}
@@ -112,14 +119,6 @@ class Comparison:
             shown |= TRAINER_OPTIONS | {"logging_steps": max(1, options["max_steps"] // 50)}
         argv = [*script[1:], *to_argv({**options, **shown})]
         return train(self.processes[chain.recipe.tier], script[0], folder, argv, self.config["save_steps"], lock)
-
-    def _find_encoder(self, chain: Chain, lock: int) -> tuple[Path | None, dict]:
-        """As `_pretrain`, in the folder of the arm whose encoder it is."""
-        if chain.recipe.encoder_arm == chain.recipe.arm or not chain.recipe.stages:
-            return self._pretrain(chain, lock)
-        folder = chain.folder.parents[1] / chain.recipe.encoder_arm / chain.folder.name
-        with only_one(folder) as lock_of_other:
-            return self._pretrain(replace(chain, folder=folder), lock_of_other)
 
     def _self_train(self, chain: Chain, size: str, encoder: Path | None, took: dict, lock: int) -> tuple[Path, dict]:
         """A student, ready for its last fine-tuning, and what it took, pre-training included.
@@ -149,10 +148,8 @@ class Comparison:
             start = teacher = student
         return student, {name: value + sum(part.get(name) or 0 for part in done) for name, value in took.items()}
 
-    def _pretrain(self, chain: Chain, lock: int) -> tuple[Path | None, dict]:
-        """The encoder's folder, None from scratch; and what it took."""
-        recipe, encoder = chain.recipe, None
-        took = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "audio_hours": 0.0, "resumed": False}
+    def _pretrain(self, chain: Chain, lock: int) -> tuple[Path, dict]:
+        recipe, encoder, took = chain.recipe, None, dict(NOTHING)
         corpus = {"corpus": self.data[recipe.tier].unlabelled}
         script = (PEER, "pretrain") if recipe.is_peer else ("pretrain.py",)
         scale = self._scale(chain) if chain.table == "time" else 1.0
@@ -198,7 +195,8 @@ class Comparison:
             self.processes[tier].run("benchmarks/few_shot.py", argv, beside(encoder, ".few_shot.log"), lock)
             return json.loads(file.read_text(encoding="utf-8"))["results"][str(encoder)]["accuracy"]
 
-        return self._kept(chain, f"{encoder.name}.few_shot", measure)
+        with self.measuring[encoder]:  # once for all label sizes
+            return self._kept(chain, f"{encoder.name}.few_shot", measure)
 
     def _train_recognizer(
         self,
@@ -241,6 +239,8 @@ class Comparison:
             begun.replace(scores_file)
         scores = json.loads(scores_file.read_text(encoding="utf-8"))
         validation = json.loads((folder / "results.json").read_text(encoding="utf-8")) if labels.held_out else {}
+        tier = self.config["tiers"][recipe.tier]
+        device = "cpu" if self._on_cpu(chain) else "cuda"
         self.results.add(
             {
                 "run": chain.run_name(size),
@@ -271,7 +271,7 @@ class Comparison:
                 **probe_scores(encoder),
                 "few_shot": self._few_shot(chain, encoder, lock),
                 "commit": commit(),
-                "machine": describe_machine("transformers", threads=self.config["tiers"][recipe.tier]["threads"]),
+                "machine": describe_machine("transformers", device=device, threads=tier["threads"]),
                 "finished": datetime.datetime.now(),
             }
         )

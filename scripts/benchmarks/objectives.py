@@ -5,13 +5,14 @@ import argparse
 import logging
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chains import Chain, Comparison, chain_name
 from comparison_report import write_report
-from processes import Results
+from processes import Results, RunError
 from recipes import build_recipe, clock_of, of_own_length, read_config, same_in_both_tables
 from tiers import PHASES, TierData
 from transformers import HfArgumentParser
@@ -173,20 +174,49 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(comparison: Comparison, chains: list[Chain], jobs: int) -> int:
-    """Run chains side by side, those last that are measured in the time of others or have their encoder; how many runs
-    failed."""
-    waiting = [chain for chain in chains if chain.sizes]
+    """Make every encoder once and fine-tune it, label size by label size, `jobs` runs side by side; those last that are
+    measured in the time of others. How many runs failed."""
     failed = 0
-    for wave in (False, True):
-        pool = ThreadPoolExecutor(jobs)
-        try:
-            chosen = [chain for chain in waiting if chain.recipe.follows_others == wave]
-            failed += sum(pool.map(comparison.run, chosen))
-        except BaseException:
-            comparison.stop()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for measured in (False, True):
+        groups: dict[Path, list[Chain]] = {}  # of the same encoder
+        for chain in chains:
+            if chain.sizes and chain.recipe.needs_rows == measured:
+                groups.setdefault(comparison.encoder_folder(chain), []).append(chain)
+        failed += run_groups(comparison, deque(groups.values()), jobs)
+    return failed
+
+
+def run_groups(comparison: Comparison, groups: deque[list[Chain]], jobs: int) -> int:
+    """As `run_all`, of chains grouped by their encoder; fine-tuning goes before the next encoder."""
+    ready: deque = deque()
+    running: dict[Future, tuple[str, list[Chain]]] = {}
+    failed = 0
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        while ready or groups or running:
+            while len(running) < jobs and (ready or groups):
+                if ready:
+                    chain, size, *encoder = ready.popleft()
+                    running[pool.submit(comparison.finish, chain, size, *encoder)] = (size, [chain])
+                else:
+                    group = groups.popleft()
+                    running[pool.submit(comparison.make_encoder, group[0])] = ("", group)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                size, group = running.pop(future)
+                if error := future.exception():
+                    for chain in group:
+                        left = [size] if size else chain.sizes
+                        failed += len(left)
+                        shown = (chain.recipe.arm, chain.seed, ", ".join(left), error)
+                        trace = None if isinstance(error, RunError) else error
+                        logger.error("failed: %s seed %d, labels %s. %s", *shown, exc_info=trace)
+                elif not size:
+                    ready.extend((chain, own, *future.result()) for chain in group for own in chain.sizes)
+    except BaseException:
+        comparison.stop()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     return failed
 
 

@@ -124,18 +124,18 @@ class Processes:
 
 
 @contextlib.contextmanager
-def only_one(folder: Path):
+def only_one(lock: Path):
     """A file descriptor that is locked as long as this block, or a process that has it open, lasts.
 
     Raises:
-        RunError: another process has the folder's lock.
+        RunError: another process has the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{folder} is being worked on by another process") from None
+            raise RunError(f"{lock} is held: another process is at work there") from None
         yield file.fileno()
 
 

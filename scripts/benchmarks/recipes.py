@@ -59,11 +59,6 @@ class Recipe:
         )
 
     @property
-    def follows_others(self) -> bool:
-        """Whether it needs what the runs of another arm leave."""
-        return self.needs_rows or self.self_training is not None
-
-    @property
     def updates(self) -> int | None:
         """Of pre-training, None where it is given as a time."""
         return None if self.is_peer else sum(stage["pretraining"]["max_steps"] for stage in self.stages)
