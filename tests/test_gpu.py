@@ -39,7 +39,9 @@ def test_every_objective_has_the_losses_and_gradients_of_the_cpu(pretraining_con
         model.zero_grad()
         output = model(**{name: values.to(device) for name, values in batch.items()})
         output.loss.backward()
-        gradients = {name: weight.grad.cpu() for name, weight in model.named_parameters() if weight.grad is not None}
+        gradients = {
+            name: weight.grad.cpu().clone() for name, weight in model.named_parameters() if weight.grad is not None
+        }
         found.append(({name: part.loss.item() for name, part in output.objectives.items()}, gradients))
     (cpu_losses, cpu_gradients), (gpu_losses, gpu_gradients) = found
     assert gpu_losses == pytest.approx(cpu_losses, rel=1e-3)
