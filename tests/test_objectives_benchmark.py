@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -502,6 +504,58 @@ def test_a_failing_run_is_counted_and_the_others_go_on(compare, caplog):
     assert code == 0
     scripts = [script for script, _ in processes.calls]
     assert scripts == ["pretrain.py", "finetune_ctc.py", "evaluate.py", "benchmarks/few_shot.py"]
+
+
+class FakeComparison:
+    """Says what is run at once; encoders of seed `fails` are not made, nor is the label size "60" of any."""
+
+    def __init__(self, fails):
+        self.fails, self.made, self.finished, self.together, self.running = fails, [], [], 0, 0
+        self.lock = threading.Lock()
+
+    def encoder_folder(self, chain):
+        return chain.folder.with_name(f"encoder{chain.seed}")
+
+    def make_encoder(self, chain):
+        self.made.append(chain.seed)
+        if chain.seed == self.fails:
+            raise RuntimeError("no encoder")
+        return f"encoder{chain.seed}", {"updates": 7}
+
+    def finish(self, chain, size, encoder, took):
+        with self.lock:
+            self.running += 1
+            self.together = max(self.together, self.running)
+        time.sleep(0.05)
+        with self.lock:
+            self.running -= 1
+        if size == "60":
+            raise RuntimeError("no row")
+        self.finished.append((chain.recipe.arm, chain.seed, size, encoder, took["updates"]))
+
+
+def test_label_sizes_of_all_arms_with_an_encoder_are_run_side_by_side(scripts, tmp_path, caplog):
+    config = scripts.recipes.read_config(YAML)
+    arms = ("hubert+best_rq", "hubert+best_rq_self_trained", "scratch")
+    chains = [
+        scripts.chains.Chain(
+            scripts.recipes.build_recipe(config, "T3", arm, ["10", "60"]),
+            seed,
+            "updates",
+            "dev",
+            tmp_path,
+            ["10", "60"],
+        )
+        for seed in (0, 1)
+        for arm in arms
+    ]
+    comparison = FakeComparison(fails=1)
+    assert scripts.objectives.run_all(comparison, chains, 3) == 3 + 3 * 2
+    assert sorted(comparison.made) == [0, 1]
+    assert sorted(comparison.finished) == [(arm, 0, "10", "encoder0", 7) for arm in sorted(arms)]
+    assert comparison.together == 3
+    assert "failed: scratch seed 1, labels 10, 60. no encoder" in caplog.text
+    assert "failed: scratch seed 0, labels 60. no row" in caplog.text
 
 
 def test_equal_time_is_measured_in_rows_that_must_be_there(compare, caplog):
