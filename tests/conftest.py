@@ -1,9 +1,11 @@
 """Shared fixtures: a very small encoder, real clips of the embedded corpus, and a home of its own for every cache."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -195,3 +197,11 @@ def run_script(
     if check and result.returncode:
         raise AssertionError(f"{name} {arguments} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The modules of the comparison, by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmarks"))
+    names = ("tiers", "recipes", "processes", "chains", "comparison_report", "objectives", "peer", "few_shot")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})

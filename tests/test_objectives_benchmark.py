@@ -1,12 +1,10 @@
-"""The comparison of objectives: its data, plan and report, and whole chains on a corpus made of the embedded clips."""
+"""The comparison of objectives: its data and plan, and whole chains on a corpus made of the embedded clips."""
 
 import importlib
 import json
 import threading
 import time
-from types import SimpleNamespace
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -23,17 +21,8 @@ from hf_speechcl.training.make_units import main as make_units
 from hf_speechcl.training.pretrain import main as pretrain
 from tests.conftest import ROOT, TINY
 
-BENCHMARKS = ROOT / "scripts/benchmarks"
-YAML = BENCHMARKS / "objectives.yaml"
+YAML = ROOT / "scripts/benchmarks/objectives.yaml"
 MINUTES = "0.1"
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """The modules of the comparison, by name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("tiers", "recipes", "processes", "chains", "comparison_report", "objectives", "peer", "few_shot")
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -576,100 +565,6 @@ def test_dry_run_prints_the_plan_and_runs_nothing(compare, capsys):
     assert f"| T1 | best_rq | 0 | 2 | {MINUTES}: 5, all: 5 | 0 |" in printed
     assert "by rows to come" in printed
     assert "4 runs to be made" in printed
-
-
-# Report
-
-
-def make_row(arm, seed, labels, edits, lengths, **changes):
-    return {
-        "run": f"{arm}/{seed}/{labels}", "recipe": "a", "tier": "T1", "phase": "final", "table": "updates", "arm": arm,
-        "seed": seed, "labels": labels, "label_minutes": 30.0 if labels == "all" else float(labels),
-        "cer": sum(edits) / sum(lengths), "clips": [str(number) for number in range(len(edits))], "cer_edits": edits,
-        "cer_lengths": lengths, "loss_before": 1.0, "loss_last": 0.99, "updates": 2, "audio_hours": 1.5,
-        "pretraining_cpu_seconds": 120.0, "pretraining_wall_seconds": 60.0, "parameters": 5_000_000, "commit": "abc",
-        "machine": "a machine", "options": "{}",
-    } | changes  # fmt: skip
-
-
-def make_cell(scripts, arm, *edits, lengths=(10, 10)):
-    rows = [make_row(arm, seed, "3", list(own), list(lengths)) for seed, own in enumerate(edits)]
-    return scripts.comparison_report.Cell(rows, "cer")
-
-
-def test_reduction_is_of_the_mean_over_seeds_with_the_same_clips_resampled(scripts):
-    reduction = scripts.comparison_report.relative_reduction
-    half = reduction(make_cell(scripts, "a", [1, 3]), make_cell(scripts, "scratch", [2, 6]))
-    assert half == {"reduction": 0.5, "low": 0.5, "high": 0.5, "seeds": 1}
-    # The first clip without errors, the second as before: resamples are both of the first, both of the second or mixed.
-    found = reduction(make_cell(scripts, "a", [0, 4]), make_cell(scripts, "scratch", [4, 4]))
-    assert found == {"reduction": 0.5, "low": 0.0, "high": 1.0, "seeds": 1}
-    two = reduction(make_cell(scripts, "a", [1, 1], [3, 3]), make_cell(scripts, "scratch", [4, 4], [4, 4], [9, 9]))
-    assert two == {"reduction": 0.5, "low": 0.5, "high": 0.5, "seeds": 2}
-
-
-def test_only_seeds_of_both_arms_are_compared(scripts):
-    mine, baseline = make_cell(scripts, "a", [1, 1]), make_cell(scripts, "scratch", [2, 2])
-    baseline.rows[0]["seed"] = 5
-    assert scripts.comparison_report.relative_reduction(mine, baseline) is None
-    baseline.rows[0] |= {"seed": 0, "clips": ["0", "other"]}
-    with pytest.raises(ValueError, match="scored on different clips"):
-        scripts.comparison_report.relative_reduction(mine, baseline)
-
-
-def test_labels_that_scratch_needs_lie_between_its_points_over_the_logarithm(scripts):
-    needed = scripts.comparison_report.minutes_needed
-    curve = [(30.0, 0.2), (3.0, 0.6)]
-    assert needed(curve, 0.4) == ("=", pytest.approx(np.sqrt(90)))
-    assert needed(curve, 0.1) == (">", 30.0)
-    assert needed(curve, 0.7) == ("<", 3.0)
-
-
-def test_fine_tuning_has_converged_when_its_loss_hardly_falls(scripts):
-    converged = scripts.comparison_report.has_converged
-    assert converged(1.0, 0.95)
-    assert not converged(1.0, 0.8)
-    assert converged(0.04, 0.01)
-    assert not converged(None, None)
-
-
-def test_report_says_mean_spread_reduction_and_what_does_not_count(scripts, tmp_path):
-    config = scripts.recipes.read_config(YAML)
-    rows = [
-        make_row("scratch", 0, "3", [4, 4], [10, 10], updates=0, audio_hours=0.0, pretraining_cpu_seconds=0.0),
-        make_row("scratch", 1, "3", [6, 6], [10, 10], updates=0, audio_hours=0.0, pretraining_cpu_seconds=0.0),
-        make_row("scratch", 0, "all", [1, 1], [10, 10], updates=0, audio_hours=0.0, pretraining_cpu_seconds=0.0),
-        make_row("best_rq", 0, "3", [9, 9], [10, 10], recipe="old"),
-        make_row("best_rq", 0, "3", [2, 2], [10, 10]),
-        make_row("best_rq", 1, "3", [3, 3], [10, 10]),
-        make_row("wav2vec2", 0, "3", [4, 4], [10, 10], loss_last=0.5),
-    ]
-    text = scripts.comparison_report.write_report(rows, config, tmp_path)
-    assert "| arm | 3 min | all (30 min) |" in text
-    assert "| scratch | 50.0% ± 14.1 (n=2) | 10.0% (n=1) |" in text
-    assert "| best_rq | 25.0% ± 7.1 (n=2); −50% [−50, −50] |  |" in text
-    assert "| wav2vec2 | 40.0% (n=1) †; +0% [+0, +0] |  |" in text
-    assert "| best_rq | 3.0 min | 12.7 min | 4.2× |" in text  # 5/8 of the way from 3 to 30 over the logarithm
-    assert "| best_rq | 1.50 | 2 | 2.0 | 1.0 | 5.00 M |  |  |  |" in text
-    assert "commit abc; a machine" in text
-
-
-def test_convergence_is_not_asked_of_a_short_last_training(scripts, tmp_path):
-    config, falls = scripts.recipes.read_config(YAML), {"loss_last": 0.5}
-    trained = json.dumps({"self_training": {"rounds": 2}})
-    rows = [
-        make_row("best_rq", 0, "3", [1, 1], [10, 10], **falls),
-        make_row("scratch_self_trained", 0, "3", [1, 1], [10, 10], **falls, options=trained),
-    ]
-    report = scripts.comparison_report.write_report(rows, config, tmp_path)
-    assert "| best_rq | 10.0% (n=1) † |" in report
-    assert "| scratch_self_trained ‡ | 10.0% (n=1) |" in report
-
-
-def test_columns_whose_best_arm_is_useless_do_not_count(scripts, tmp_path):
-    config = scripts.recipes.read_config(YAML)
-    rows = [make_row("best_rq", 0, "3", [6, 6], [10, 10])]
-    assert "| best_rq | 60.0% (n=1) † |" in scripts.comparison_report.write_report(rows, config, tmp_path)
 
 
 # The peer
