@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCTC
 
 from hf_speechcl import load_corpus
+from hf_speechcl.data import pseudo_labels
 from hf_speechcl.data.audio import read_audio, to_int16
 from hf_speechcl.data.pseudo_labels import SCHEMA, PseudoLabels, recording_key
 from hf_speechcl.recognizer import SpeechRecognizer
@@ -94,7 +95,7 @@ def test_decoding_and_source_are_as_asked_for(teacher, audio, tmp_path):
 
 
 def test_long_recordings_are_split(teacher, audio, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_pseudo_labels, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(pseudo_labels, "ROWS_PER_GROUP", 2)
     rows = make(teacher, audio, tmp_path / "pseudo", "--max_seconds", "1", "--max_seconds_per_batch", "0.5")
     parts = [row for row in rows if row["id"].startswith("3.wav")]
     whole = soundfile.info(audio / "3.wav").duration
@@ -155,8 +156,10 @@ def test_a_killed_run_goes_on(teacher, audio, tmp_path, monkeypatch):
     assert sum(heard) == len(rows) == 4
     names = {"train-00000-of-00001.parquet", "pseudo_labels.json", "LICENSE.md"}
     assert {path.name for path in folder.iterdir()} == names
+    (folder / "texts.partial-0.jsonl").touch()
     assert make(teacher, audio, folder, *options) == rows
     assert sum(heard) == 4
+    assert {path.name for path in folder.iterdir()} == names
 
 
 def test_what_else_is_in_the_folder_is_not_touched(teacher, trained, audio, tmp_path):

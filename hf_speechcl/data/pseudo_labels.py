@@ -1,19 +1,25 @@
 """Pseudo-labels: audio with texts that a recogniser wrote, in a folder that make_pseudo_labels.py fills."""
 
+import io
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
+import soundfile
 from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
 
 from .corpora import column_of, load_corpus
+from .dataset import SpeechDataset, clip_ids, decoded
 from .folders import source_name
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "pseudo_labels.json"
+ROWS_PER_GROUP = 100  # of the parquet files
 AUDIO = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
 SCHEMA = pyarrow.schema(
     {
@@ -55,6 +61,32 @@ class PseudoLabels:
             raise ValueError(f"{folder} is not finished: run scripts/make_pseudo_labels.py with the same options again")
         return found
 
+    @classmethod
+    def open(cls, folder: Path, description: dict) -> "PseudoLabels":
+        """The folder with what is there of these pseudo-labels already.
+
+        Raises:
+            FileExistsError: it holds something else.
+        """
+        labels = cls(folder, description)
+        if not folder.exists() or all(path.name == f"{DESCRIPTION}.begun" for path in folder.iterdir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            labels.save_description()
+        elif not (folder / DESCRIPTION).is_file():
+            raise FileExistsError(f"{folder} holds other files: delete it or give another --output_dir")
+        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        made_with = found["identity"]
+        changed = [
+            f"{name}={made_with.get(name)!r}, now {value!r}"
+            for name, value in description["identity"].items()
+            if made_with.get(name) != value
+        ]
+        if changed:
+            raise FileExistsError(
+                f"{folder} holds texts made with {'; '.join(changed)}: delete it or give another --output_dir"
+            )
+        return cls(folder, found)
+
     @property
     def is_complete(self) -> bool:
         return "clips" in self.description
@@ -68,6 +100,41 @@ class PseudoLabels:
 def recording_key(id: str, seconds: float) -> str:
     """What a recording is known by in other sources: its id and, as ids such as 001.wav are often used, its length."""
     return f"{id} {seconds:.2f}"
+
+
+def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> int:
+    """Write audio, as FLAC of 16 bits, and text of the clips that have one into a parquet file; how many there are."""
+    clips, rows, written = [clip for clip in clips if texts[clip] is not None], [], 0
+    names, recordings = clip_ids(dataset), dataset.corpus["id"][:]
+    seconds = column_of(dataset.corpus, "duration").to_pylist()
+    begun = file.with_suffix(".begun")
+    with pyarrow.parquet.ParquetWriter(begun, SCHEMA) as writer:
+        progress = tqdm(decoded(dataset, clips), desc="writing", total=len(clips), unit="clip", mininterval=1)
+        for clip, samples in zip(clips, progress):
+            if samples is None:
+                continue
+            stream, row = io.BytesIO(), int(dataset.rows[clip])
+            soundfile.write(stream, samples, dataset.sampling_rate, format="FLAC", subtype="PCM_16")
+            rows.append(
+                {
+                    "id": names[clip],
+                    "audio": {"bytes": stream.getvalue(), "path": None},
+                    "text": texts[clip],
+                    "duration": len(samples) / dataset.sampling_rate,
+                    "recording": recording_key(recordings[row], seconds[row]),
+                }
+            )
+            written += 1
+            if len(rows) == ROWS_PER_GROUP:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
+                rows = []
+        if rows:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
+    if written:
+        begun.replace(file)
+    else:
+        begun.unlink()
+    return written
 
 
 def load_pseudo_labels(folders: list[PseudoLabels], transcribed: Dataset) -> Dataset:

@@ -1,26 +1,18 @@
 """Transcribe a corpus by a trained recogniser, for a next one to learn from."""
 
-import io
-import json
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-import soundfile
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ..cards import describe_licenses
 from ..command_line import option, parse_arguments
 from ..data import SpeechDataset, load_corpus
-from ..data.corpora import column_of
-from ..data.dataset import clip_ids, decoded
 from ..data.folders import source_name
-from ..data.pseudo_labels import DESCRIPTION, SCHEMA, PseudoLabels, recording_key
+from ..data.pseudo_labels import PseudoLabels, write_clips
 from ..decoding import DecodingArguments
 from ..evaluation.transcription import TranscriptLog, checksum, state_of_file, transcribe
 from ..hub import weights_digest
@@ -29,7 +21,6 @@ from .arguments import ClipArguments
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_GROUP = 100  # of the parquet files
 HELP = """Transcribe a corpus without texts by a trained recogniser, for scripts/finetune_ctc.py to learn from beside
 the true transcripts: self-training, or pseudo-labelling (Kahn et al. 2020, arXiv 1909.09116; on top of pre-training, Xu
 et al. 2021, arXiv 2010.11430).
@@ -64,62 +55,6 @@ class PseudoLabelArguments:
             raise ValueError(f"max_seconds_per_batch must be positive, found {self.max_seconds_per_batch}")
 
 
-def open_folder(folder: Path, description: dict) -> PseudoLabels:
-    """The folder with what is there of these pseudo-labels already.
-
-    Raises:
-        FileExistsError: it holds something else.
-    """
-    labels = PseudoLabels(folder, description)
-    if not folder.exists() or all(path.name == f"{DESCRIPTION}.begun" for path in folder.iterdir()):
-        folder.mkdir(parents=True, exist_ok=True)
-        labels.save_description()
-    elif not (folder / DESCRIPTION).is_file():
-        raise FileExistsError(f"{folder} holds other files: delete it or give another --output_dir")
-    found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    own, other = description["identity"], found["identity"]
-    if changed := [f"{name}={other.get(name)!r}, now {own[name]!r}" for name in own if other.get(name) != own[name]]:
-        raise FileExistsError(
-            f"{folder} holds texts made with {'; '.join(changed)}: delete it or give another --output_dir"
-        )
-    return PseudoLabels(folder, found)
-
-
-def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> int:
-    """Write audio, as FLAC of 16 bits, and text of the clips that have one into a parquet file; how many there are."""
-    clips, rows, written = [clip for clip in clips if texts[clip] is not None], [], 0
-    names, recordings = clip_ids(dataset), dataset.corpus["id"][:]
-    seconds = column_of(dataset.corpus, "duration").to_pylist()
-    begun = file.with_suffix(".begun")
-    with pyarrow.parquet.ParquetWriter(begun, SCHEMA) as writer:
-        progress = tqdm(decoded(dataset, clips), desc="writing", total=len(clips), unit="clip", mininterval=1)
-        for clip, samples in zip(clips, progress):
-            if samples is None:
-                continue
-            stream, row = io.BytesIO(), int(dataset.rows[clip])
-            soundfile.write(stream, samples, dataset.sampling_rate, format="FLAC", subtype="PCM_16")
-            rows.append(
-                {
-                    "id": names[clip],
-                    "audio": {"bytes": stream.getvalue(), "path": None},
-                    "text": texts[clip],
-                    "duration": len(samples) / dataset.sampling_rate,
-                    "recording": recording_key(recordings[row], seconds[row]),
-                }
-            )
-            written += 1
-            if len(rows) == ROWS_PER_GROUP:
-                writer.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
-                rows = []
-        if rows:
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
-    if written:
-        begun.replace(file)
-    else:
-        begun.unlink()
-    return written
-
-
 def main(argv: list[str] | None = None) -> None:
     args, clips, computing, decoding = parse_arguments(
         [PseudoLabelArguments, ClipArguments, ComputingArguments, DecodingArguments], HELP, argv
@@ -151,8 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     folder = Path(args.output_dir)
     with state.main_process_first():
-        labels = open_folder(folder, description)
+        labels = PseudoLabels.open(folder, description)
     if labels.is_complete:
+        TranscriptLog(folder / "texts", description["identity"]).remove()  # of a run killed between its end and this
         logger.info("%s holds these texts already", source_name(args.output_dir))
         return
 
