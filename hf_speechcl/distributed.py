@@ -1,4 +1,7 @@
-"""Tensors of all ranks, with gradient."""
+"""Processes that train together: tensors of all ranks, with gradient, and the end of a launch."""
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -36,3 +39,19 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     own rows times the number of ranks, and nothing more needs to be communicated.
     """
     return _GatherRows.apply(rows) if world_size() > 1 else rows
+
+
+def leaves_launch(main: Callable[..., None]) -> Callable[..., None]:
+    """A command that closes the process group when it is done.
+
+    Threads of a group that is still open while the interpreter ends abort the process, now and then. After an error
+    nothing is closed: other ranks may be waiting for this one, and closing would wait for them.
+    """
+
+    @functools.wraps(main)
+    def command(*args, **kwargs) -> None:
+        main(*args, **kwargs)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+    return command

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,7 @@ from transformers import TrainerCallback
 from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForPreTraining, SpeechDataset, load_corpus
 from hf_speechcl.data import CTCCollator
 from hf_speechcl.data.audio import AudioError, read_audio, to_float32, to_int16
+from hf_speechcl.distributed import leaves_launch
 from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
 from hf_speechcl.training.ctc_trainer import CTCTrainer, CTCTrainingArguments
 from hf_speechcl.training.pretrain import main as pretrain
@@ -365,6 +367,15 @@ def launch(script, *arguments):
     )
     assert result.returncode == 0, result.stderr
     return result
+
+
+def test_a_command_closes_the_process_group_that_it_opened(tmp_path):
+    @leaves_launch
+    def command():
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+
+    command()
+    assert not dist.is_initialized()
 
 
 def test_two_processes_equal_one_that_accumulates(tmp_path):

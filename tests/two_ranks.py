@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from hf_speechcl import load_corpus
+from hf_speechcl.distributed import leaves_launch
 from tests.test_trainer import KINDS, gradients, make_pretraining_trainer, objectives_of, quiet_gumbel_softmax
 
 # For every rank the clips of its micro-batches.
 SPREADS = {"one batch each": [[[0, 1, 2]], [range(3, 12)]], "two each": [[[0], range(1, 5)], [range(5, 10), [10, 11]]]}
 
 
+@leaves_launch
 def main(file: str) -> None:
     nn.functional.gumbel_softmax = quiet_gumbel_softmax
     corpus = load_corpus("demo", "validation")

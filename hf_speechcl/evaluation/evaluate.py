@@ -15,6 +15,7 @@ from ..command_line import option, parse_arguments
 from ..data import SpeechDataset, load_corpus
 from ..data.folders import source_name
 from ..decoding import DecodingArguments
+from ..distributed import leaves_launch
 from ..recognizer import ComputingArguments, SpeechRecognizer
 from ..recordings import RecordingArguments
 from ..text import normalize_text
@@ -177,6 +178,7 @@ def print_results(results: dict) -> None:
             )
 
 
+@leaves_launch
 def main(argv: list[str] | None = None) -> None:
     types = [EvaluationArguments, ComputingArguments, DecodingArguments, RecordingArguments]
     args, computing, decoding, recording = parse_arguments(types, DESCRIPTION, argv)

@@ -28,6 +28,7 @@ from ..configuration_speechcl import SpeechCLConfig
 from ..data import ClassificationCollator, SpeechDataset
 from ..data.corpora import load_train_and_validation
 from ..data.folders import source_name
+from ..distributed import leaves_launch
 from ..evaluation.classification import classification_rates
 from ..modeling_speechcl import SpeechCLForSequenceClassification
 from ..objectives import ObjectiveOutput
@@ -220,6 +221,7 @@ def write_classifier_card(
     )
 
 
+@leaves_launch
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(
         [FineTuningModelArguments, ClassifierDataArguments, ClassifierTrainingArguments], DESCRIPTION, argv

@@ -27,6 +27,7 @@ from ..data import CTCCollator, SpeechDataset
 from ..data.corpora import load_train_and_validation
 from ..data.folders import source_name
 from ..data.pseudo_labels import PseudoLabels, load_pseudo_labels
+from ..distributed import leaves_launch
 from ..modeling_speechcl import SpeechCLForCTC
 from ..text_policy import TextPolicy, apply_policy
 from .arguments import CorpusArguments, set_up_logging
@@ -236,6 +237,7 @@ def write_recognizer_card(
     )
 
 
+@leaves_launch
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(
         [FineTuningModelArguments, CTCDataArguments, CTCTrainingArguments], DESCRIPTION, argv

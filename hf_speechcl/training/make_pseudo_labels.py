@@ -14,6 +14,7 @@ from ..data import SpeechDataset, load_corpus
 from ..data.folders import source_name
 from ..data.pseudo_labels import PseudoLabels, write_clips
 from ..decoding import DecodingArguments
+from ..distributed import leaves_launch
 from ..evaluation.transcription import TranscriptLog, checksum, state_of_file, transcribe
 from ..hub import weights_digest
 from ..recognizer import ComputingArguments, SpeechRecognizer
@@ -55,6 +56,7 @@ class PseudoLabelArguments:
             raise ValueError(f"max_seconds_per_batch must be positive, found {self.max_seconds_per_batch}")
 
 
+@leaves_launch
 def main(argv: list[str] | None = None) -> None:
     args, clips, computing, decoding = parse_arguments(
         [PseudoLabelArguments, ClipArguments, ComputingArguments, DecodingArguments], HELP, argv

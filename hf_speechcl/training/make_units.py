@@ -20,6 +20,7 @@ from ..data.corpora import load_train_and_validation
 from ..data.dataset import decoded
 from ..data.folders import source_name, without_folders
 from ..data.units import Units, clip_names, units_table
+from ..distributed import leaves_launch
 from ..quantizers import perplexity
 from .arguments import ClipArguments, SourceArguments
 from .unit_features import MFCC, EncoderLayer
@@ -164,6 +165,7 @@ def is_made(folder: Path, options: dict) -> bool:
     return True
 
 
+@leaves_launch
 def main(argv: list[str] | None = None) -> None:
     args, sources, clips = parse_arguments([UnitArguments, SourceArguments, ClipArguments], DESCRIPTION, argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)

@@ -26,6 +26,7 @@ from ..data.augment import Augmentation, check_probabilities, keeps_time
 from ..data.corpora import load_corpus, load_train_and_validation
 from ..data.folders import source_name
 from ..data.units import Units
+from ..distributed import leaves_launch
 from ..evaluation.probe import PhoneProbe
 from ..features import HiddenStates
 from ..hub import find_model, may_be_model
@@ -300,6 +301,7 @@ def build_trainer(
     )
 
 
+@leaves_launch
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, probe_args, args = parse_arguments(
         [PretrainingModelArguments, PretrainingDataArguments, ProbeArguments, SpeechTrainingArguments],
