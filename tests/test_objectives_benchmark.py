@@ -48,7 +48,7 @@ def data(tmp_path_factory):
         ]
         return {"phones": labels, "phone_ends": ends}
 
-    write("pool/train-0.parquet", clips[:12], source=["festvox-ru"] * 8 + ["other"] * 4)
+    write("pool/train-0.parquet", clips[:12], source=["festvox-ru"] * 8 + ["other"] + ["asterisk-core-sounds-fr"] * 3)
     write("phones_ru/train.parquet", clips[:60], **phones(clips[:60]))
     write("phones_ru/test.parquet", clips[60:64], **phones(clips[60:64]))
     for name in ("prompts_en", "queen_en"):
@@ -79,7 +79,7 @@ def small_config(scripts, tmp_path, **changes):
     config["arms"]["transformers_wav2vec2"]["pretraining"] = {"seconds": 0.1, "max_seconds_per_batch": 4, **sizes}
     halves = [{"share": 0.5}, {"share": 0.5, "continues": True}]
     config["arms"]["best_rq_in_halves"] = {"like": "best_rq", "stages": halves}
-    for arm in ("hubert", "hubert+best_rq", "hubert_2"):
+    for arm in ("hubert", "hubert+best_rq", "hubert+best_rq_near", "hubert_2"):
         for stage in config["arms"][arm]["stages"]:
             stage["units"] |= {"num_units": 5, "layer": 1} if "layer" in stage["units"] else {"num_units": 10}
     for arm in ("hubert+best_rq_self_trained", "scratch_self_trained"):
@@ -159,6 +159,16 @@ def test_larger_tiers_take_their_audio_from_where_it_is(scripts, data, tmp_path)
     assert tier.unlabelled == [str(data / name) for name in ("pool", "prompts_en", "queen_en")]
     assert tier.labels("final", "all", 0).corpus == str(data / "queen_en")
     assert not (tmp_path / "T3").exists()
+
+
+def test_audio_like_that_of_the_labels(scripts, data, tmp_path):
+    one_voice, prompts, characters = (scripts.tiers.TierData(name, data, tmp_path) for name in ("T1", "T2", "T3"))
+    assert one_voice.near == one_voice.unlabelled
+    assert characters.near == [str(data / "queen_en")]
+    labelled, of_pool = prompts.near
+    assert labelled == str(data / "prompts_en")
+    pool = pyarrow.parquet.read_table(data / "pool/train-0.parquet").to_pylist()
+    assert ids(of_pool) == [row["id"] for row in pool if row["source"] == "asterisk-core-sounds-fr"]
 
 
 def test_test_clips_in_the_pool_are_refused(scripts, data, tmp_path):
@@ -404,6 +414,16 @@ def compare(scripts, data, tmp_path, monkeypatch):
     run.rows = lambda: scripts.processes.Results(tmp_path / "out/results.parquet").rows()
     run.folder = tmp_path / "out"
     return run
+
+
+def test_an_arm_hears_only_audio_like_that_of_the_labels(compare, scripts, data):
+    processes, code = compare("--tiers", "T2", "--arms", "hubert+best_rq_near", "--labels", MINUTES)
+    assert code == 0
+    near = scripts.tiers.TierData("T2", data, compare.folder / "data").near
+    for script, argv in processes.calls[:2]:
+        place = argv.index("--corpus")
+        assert argv[place + 1 : place + 3] == near, script
+    assert [script for script, _ in processes.calls[:2]] == ["make_units.py", "pretrain.py"]
 
 
 def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):

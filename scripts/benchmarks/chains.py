@@ -150,13 +150,14 @@ class Comparison:
 
     def _pretrain(self, chain: Chain, lock: int) -> tuple[Path, dict]:
         recipe, encoder, took = chain.recipe, None, dict(NOTHING)
-        corpus = {"corpus": self.data[recipe.tier].unlabelled}
+        data = self.data[recipe.tier]
         script = (PEER, "pretrain") if recipe.is_peer else ("pretrain.py",)
         scale = self._scale(chain) if chain.table == "time" else 1.0
         for number, stage in enumerate(recipe.stages, start=1):
+            corpus = {"corpus": data.near if "near" in stage else data.unlabelled}
             options = {**stage["pretraining"], **corpus}
             if not recipe.is_peer:
-                options["probe_corpus"] = [self.data[recipe.tier].probe]
+                options["probe_corpus"] = [data.probe]
             if options.get("seconds") == "reference":
                 options["seconds"] = self._kept(chain, "seconds", partial(self._reference_seconds, chain))
             if "max_steps" in options:

@@ -20,7 +20,7 @@ KEYS = {
     "arm": {"like", "about", "pretrained", "peer", "whole_budget", "stages", "tiers"}
     | {"pretraining", "finetuning", "finetuning_by_labels", "self_training"},
     "self_training": {"rounds", "student", "last"},
-    "stage": {"units", "share", "continues", "pretraining"},
+    "stage": {"units", "share", "continues", "near", "pretraining"},
     "quick": {"tier", "seeds", "phase", "labels", "arms", "pretraining", "finetuning"},
 }
 
@@ -31,7 +31,8 @@ class Recipe:
 
     Attributes:
         tier, arm: names.
-        stages: `{"units", "continues", "pretraining"}` each, in their order; none for an arm from scratch.
+        stages: `{"units", "continues", "pretraining"}` each, in their order; none for an arm from scratch. With "near"
+            only the unlabelled audio that is like that of the labels.
         encoder: options of the encoder, for arms from scratch.
         is_peer: whether peer.py trains it.
         takes_whole_budget: whether it is fine-tuned for as long as others are pre-trained and fine-tuned.
@@ -128,7 +129,9 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         options = _merge(pretraining, stage.get("pretraining", {}))
         if not is_peer:
             options["max_steps"] = max(1, round(pretraining["max_steps"] * stage.get("share", 1)))
-        stages.append({"units": stage.get("units"), "continues": bool(stage.get("continues")), "pretraining": options})
+        near = {"near": True} if stage.get("near") else {}
+        done = {"units": stage.get("units"), "continues": bool(stage.get("continues")), "pretraining": options}
+        stages.append({**done, **near})
     finetuning = {}
     for size in sizes:
         shared = _merge(*(_finetuning(layer, size) for layer in of_all))

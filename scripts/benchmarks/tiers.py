@@ -19,6 +19,7 @@ LABELLED = {"T2": "prompts_en", "T3": "queen_en"}
 TIERS = ("T1", *LABELLED)
 PHASES = ("dev", "final")
 PHONE_SPLITS = ("train", "test")
+TRAIN = "train.parquet"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TierData:
 
     Attributes:
         unlabelled: sources of audio to pre-train on.
+        near: those of them that are like the audio of the labels.
         same_language: those of them in the language of the labels, for self-training.
         probe, voices: sources of clips with phones and of clips with speakers.
 
@@ -65,22 +67,29 @@ class TierData:
         self.probe, self.voices = str(data / "phones_ru"), str(data / "queen_en")
         if name == "T1":
             make_once(self.folder / "sources", self._make_phones)
-            self.unlabelled = self.same_language = [str(self.folder / "sources/unlabelled")]
+            self.unlabelled = self.same_language = self.near = [str(self.folder / "sources/unlabelled")]
         else:
             self.unlabelled = [str(data / part) for part in needed]
             self.same_language = [str(data / part) for part in needed if part != "pool"]
+            self.near = [str(data / LABELLED[name])]
+        if name == "T2":
+            make_once(self.folder / "prompts", lambda folder: write_rows(self._from_pool("asterisk"), folder / TRAIN))
+            self.near.append(str(self.folder / "prompts"))
 
-    def _make_phones(self, folder: Path) -> None:
+    def _from_pool(self, source: str) -> pyarrow.Table:
+        """Rows of the pool whose source's name begins so."""
         pool = [pyarrow.parquet.read_table(file) for file in sorted(self.data.glob("pool/*.parquet"))]
         pool = pyarrow.concat_tables(table.select([*COLUMNS, "source"]) for table in pool)
-        chosen = [row for row, source in enumerate(pool["source"].to_pylist()) if source.startswith("festvox-ru")]
+        return pool.take([row for row, name in enumerate(pool["source"].to_pylist()) if name.startswith(source)])
+
+    def _make_phones(self, folder: Path) -> None:
         splits = {split: pyarrow.parquet.read_table(self.data / f"phones_ru/{split}.parquet") for split in PHONE_SPLITS}
-        unlabelled = pool.take(chosen)
+        unlabelled = self._from_pool("festvox-ru")
         if shared := set(splits["test"]["id"].to_pylist()) & set(unlabelled["id"].to_pylist()):
             raise ValueError(f"data: {len(shared)} test clips of phones_ru are in the pool, such as {min(shared)}")
         letters = letters_of(splits["train"]["phones"].to_pylist())
         (folder / "phones.json").write_text(json.dumps(letters, ensure_ascii=False, indent=1), encoding="utf-8")
-        write_rows(unlabelled, folder / "unlabelled/train.parquet")
+        write_rows(unlabelled, folder / "unlabelled" / TRAIN)
         for split, table in splits.items():
             texts = [
                 "".join(letters[phone] for phone in row if phone != SILENCE) for row in table["phones"].to_pylist()
@@ -98,7 +107,7 @@ class TierData:
 
     def _make_labels(self, folder: Path, phase: str, size: str, seed: int) -> None:
         source = self.folder / "sources/labelled" if self.name == "T1" else self.data / LABELLED[self.name]
-        train = by_id(pyarrow.parquet.read_table(source / "train.parquet"))
+        train = by_id(pyarrow.parquet.read_table(source / TRAIN))
         if self.name == "T1":
             order = list(range(len(train)))
             random.Random("validation").shuffle(order)
@@ -107,13 +116,13 @@ class TierData:
                 train = train.take(sorted(order[VALIDATION_CLIPS:]))
         else:
             validation = pyarrow.parquet.read_table(source / "validation.parquet")
-        write_rows(train if size == "all" else draw_minutes(train, float(size), seed), folder / "train.parquet")
+        write_rows(train if size == "all" else draw_minutes(train, float(size), seed), folder / TRAIN)
         write_rows(validation, folder / "validation.parquet")
 
     def _describe(self, corpus: Path, phase: str) -> Labels:
         test = (self.folder / "sources/labelled" if self.name == "T1" else self.data / LABELLED[self.name], "test")
         source, split = (corpus, "validation") if phase == "dev" else test
-        durations = pyarrow.parquet.read_table(corpus / "train.parquet", columns=["duration"])["duration"]
+        durations = pyarrow.parquet.read_table(corpus / TRAIN, columns=["duration"])["duration"]
         held_out = self.name != "T1" or phase == "dev"
         return Labels(str(corpus), sum(durations.to_pylist()) / 60, (str(source), split), held_out)
 
