@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from .audio import FULL_SCALE, to_float32
-from .augment import change_speed
 from .masking import draw_negatives, span_mask
 
 VIEW_SHARE = (0.6, 1.0)
@@ -202,12 +201,9 @@ class PretrainingCollator:
 
 @dataclass(kw_only=True)
 class FineTuningCollator:
-    """What is drawn for clips to train on: their speed, where their frames begin, masked spans of frames and bands of
-    mel bins.
+    """What is drawn for clips to train on: where their frames begin, masked spans of frames and bands of mel bins.
 
     Args:
-        speed_change: clips are played faster or slower by up to this share (Ko et al. 2015, "Audio augmentation for
-            speech recognition"); 0 for evaluation.
         max_shift: up to so many samples are put before a clip, its own first ones mirrored, so that frames do not
             always begin where the clip does; 0 for evaluation.
         mask_time_prob, mask_time_span: masked encoder frames, see `span_mask`; 0 for evaluation.
@@ -215,7 +211,6 @@ class FineTuningCollator:
             greatest width (Park et al. 2019, arXiv 1904.08779).
     """
 
-    speed_change: float = 0.0
     max_shift: int = 0
     mask_time_prob: float = 0.0
     mask_time_span: int = 5
@@ -223,18 +218,13 @@ class FineTuningCollator:
     num_feature_masks: int = 0
     mask_feature_span: int = 20
 
-    def vary(self, clip: dict) -> dict:
-        """The clip at another speed and with samples before it."""
+    def shift(self, clip: dict) -> dict:
+        """The clip with samples before it."""
         samples = clip["input_values"]
-        if samples is None:
+        if samples is None or self.max_shift == 0:
             return clip
-        if self.speed_change > 0:
-            rng = np.random.default_rng([*clip["seed"], 2])
-            samples = change_speed(samples, 1 + rng.uniform(-self.speed_change, self.speed_change))
-        if self.max_shift > 0:
-            num_samples = np.random.default_rng([*clip["seed"], 1]).integers(min(self.max_shift, len(samples)))
-            samples = np.concatenate([samples[:num_samples][::-1], samples])
-        return clip | {"input_values": samples}
+        num_samples = np.random.default_rng([*clip["seed"], 1]).integers(min(self.max_shift, len(samples)))
+        return clip | {"input_values": np.concatenate([samples[:num_samples][::-1], samples])}
 
     def add_masks(self, usable: list[dict], batch: dict[str, torch.Tensor], frame_length: Callable[[int], int]) -> None:
         """Add `mask_time_indices` (B, T) and `mask_feature_indices` (B, num_mel_bins), both bool, where asked for."""
@@ -263,7 +253,7 @@ class CTCCollator(FineTuningCollator):
     labels: list[list[int]]
 
     def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
-        usable, batch = begin_batch([self.vary(clip) for clip in clips])
+        usable, batch = begin_batch([self.shift(clip) for clip in clips])
         labels = [np.asarray(self.labels[clip["index"]], dtype=np.int64) for clip in usable] or [np.zeros(0, np.int64)]
         batch["labels"] = stack_rows(labels, max(len(row) for row in labels), -100)
         batch["index"] = torch.tensor([clip["index"] for clip in usable], dtype=torch.long)
@@ -285,7 +275,7 @@ class ClassificationCollator(FineTuningCollator):
     labels: list[int]
 
     def __call__(self, clips: list[dict]) -> dict[str, torch.Tensor]:
-        usable, batch = begin_batch([self.vary(clip) for clip in clips])
+        usable, batch = begin_batch([self.shift(clip) for clip in clips])
         batch["labels"] = torch.tensor([self.labels[clip["index"]] for clip in usable] or [-100])
         batch["index"] = torch.tensor([clip["index"] for clip in usable] or [-1])
         self.add_masks(usable, batch, self.frame_length)

@@ -64,9 +64,6 @@ class FineTuningModelArguments:
 
 @dataclass
 class RegularizationArguments:
-    speed_change: float = option(
-        0.0, "Clips are played faster or slower by up to this share, and higher or lower; 0 for none."
-    )
     max_shift: float = option(
         0.04,
         "Up to so many seconds are put before a clip, so that frames do not always begin where clips do; 0 for none.",
@@ -82,8 +79,6 @@ class RegularizationArguments:
         for name in ("max_shift", "mask_time_prob", "num_feature_masks", "mask_feature_span"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
-        if not 0 <= self.speed_change < 1:
-            raise ValueError(f"speed_change must be at least 0 and below 1, found {self.speed_change}")
 
     def regularization(self, config: SpeechCLConfig) -> dict[str, float]:
         """Options of a collator of training batches.
@@ -94,7 +89,6 @@ class RegularizationArguments:
         if self.mask_feature_span > config.num_mel_bins:
             raise ValueError(f"mask_feature_span ({self.mask_feature_span}) exceeds the {config.num_mel_bins} mel bins")
         return {
-            "speed_change": self.speed_change,
             "max_shift": round(self.max_shift * config.sampling_rate),
             "mask_time_prob": self.mask_time_prob,
             "mask_time_span": max(1, round(self.mask_time_span * config.sampling_rate / config.inputs_to_logits_ratio)),
@@ -219,9 +213,8 @@ def describe_finetuning(trainer: "FineTuningTrainer", model_args: FineTuningMode
     if trainer.model.config.use_weighted_layer_sum:
         parts.append("the head sees a learned weighted mean of all layers")
     parts.append(
-        f"clips are played up to {data_args.speed_change:.0%} faster or slower and begin up to "
-        f"{data_args.max_shift:g} s later, time masks {data_args.mask_time_prob:g} of {data_args.mask_time_span:g} s, "
-        f"{data_args.num_feature_masks} mel masks up to {data_args.mask_feature_span}"
+        f"clips begin up to {data_args.max_shift:g} s later, time masks {data_args.mask_time_prob:g} of "
+        f"{data_args.mask_time_span:g} s, {data_args.num_feature_masks} mel masks up to {data_args.mask_feature_span}"
     )
     text = "; ".join(parts) + "."
     if trainer.taken_update < trainer.state.global_step:
