@@ -82,7 +82,7 @@ def small_config(scripts, tmp_path, **changes):
     for arm in ("hubert", "hubert+best_rq", "hubert+best_rq_near", "hubert_2"):
         for stage in config["arms"][arm]["stages"]:
             stage["units"] |= {"num_units": 5, "layer": 1} if "layer" in stage["units"] else {"num_units": 10}
-    for arm in ("hubert+best_rq_self_trained", "hubert+best_rq_near_self_trained", "scratch_self_trained"):
+    for arm in ("hubert+best_rq_self_trained", "scratch_self_trained"):
         config["arms"][arm]["self_training"] = {
             "rounds": 2,
             "student": {"max_steps": 4},
@@ -417,12 +417,13 @@ def compare(scripts, data, tmp_path, monkeypatch):
 
 
 def test_an_arm_hears_only_audio_like_that_of_the_labels(compare, scripts, data):
-    processes, code = compare("--tiers", "T2", "--arms", "hubert+best_rq_near_self_trained", "--labels", MINUTES)
+    processes, code = compare("--tiers", "T2", "--arms", "hubert+best_rq_near", "--labels", MINUTES)
     assert code == 0
     near = scripts.tiers.TierData("T2", data, compare.folder / "data").near
-    heard = {script: argv[argv.index("--corpus") + 1 : argv.index("--corpus") + 3] for script, argv in processes.calls}
-    assert heard["make_units.py"] == heard["pretrain.py"] == near
-    assert heard["make_pseudo_labels.py"] == [str(data / "prompts_en"), "--output_dir"]
+    for script, argv in processes.calls[:2]:
+        place = argv.index("--corpus")
+        assert argv[place + 1 : place + 3] == near, script
+    assert [script for script, _ in processes.calls[:2]] == ["make_units.py", "pretrain.py"]
 
 
 def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):

@@ -127,14 +127,12 @@ class Comparison:
         unlabelled audio; the encoder, later the student before, learns from these and from the labels, and is the next
         teacher."""
         recipe, processes = chain.recipe, self.processes[chain.recipe.tier]
-        data = self.data[recipe.tier]
-        corpus = [source for source in data.same_language if not recipe.near or source in data.near]
         of_size = f"-{chain.phase}-{size}-{recipe.finetuning_hash(size)}"
         start, teacher = encoder, chain.folder / f"teacher{of_size}"
         done = [self._train_recognizer(chain, size, encoder, teacher, lock)]
         for number in range(1, recipe.self_training["rounds"] + 1):
             texts, student = (chain.folder / f"{kind}{number}{of_size}" for kind in ("pseudo_labels", "student"))
-            options = {"model": str(teacher), "corpus": corpus, "output_dir": str(texts)}
+            options = {"model": str(teacher), "corpus": self.data[recipe.tier].same_language, "output_dir": str(texts)}
             options |= {"device": "cpu"} if self._on_cpu(chain) else {}
 
             def write(options=options, texts=texts) -> dict:

@@ -60,11 +60,6 @@ class Recipe:
         )
 
     @property
-    def near(self) -> bool:
-        """Whether it hears only audio that is like that of the labels."""
-        return any("near" in stage for stage in self.stages)
-
-    @property
     def updates(self) -> int | None:
         """Of pre-training, None where it is given as a time."""
         return None if self.is_peer else sum(stage["pretraining"]["max_steps"] for stage in self.stages)
