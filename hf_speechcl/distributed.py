@@ -42,7 +42,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def leaves_launch(main: Callable[..., None]) -> Callable[..., None]:
-    """A command that closes the process group when it is done.
+    """A command that closes the process group that it opened when it is done.
 
     Threads of a group that is still open while the interpreter ends abort the process, now and then. After an error
     nothing is closed: other ranks may be waiting for this one, and closing would wait for them.
@@ -50,8 +50,9 @@ def leaves_launch(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def command(*args, **kwargs) -> None:
+        was_open = dist.is_available() and dist.is_initialized()
         main(*args, **kwargs)
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized() and not was_open:
             dist.destroy_process_group()
 
     return command

@@ -376,6 +376,12 @@ def test_a_command_closes_the_process_group_that_it_opened(tmp_path):
 
     command()
     assert not dist.is_initialized()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/own", rank=0, world_size=1)
+    try:
+        leaves_launch(lambda: None)()
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_two_processes_equal_one_that_accumulates(tmp_path):

@@ -72,17 +72,17 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
     """
     made = {row["run"] for row in rows}
     chains = []
-    for tier in args.tiers:
+    for tier in dict.fromkeys(args.tiers):
         if tier not in config["tiers"]:
             raise ValueError(f"tiers: expected of {', '.join(config['tiers'])}, found {tier}")
         known = list(map(str, config["tiers"][tier]["labels"][args.phase]))
         reference = build_recipe(config, tier, config["reference_arm"], [], args.quick).pretraining_hash()
-        sizes = args.labels or known
-        arms = args.arms or list(config["arms"])
+        sizes = list(dict.fromkeys(args.labels or known))
+        arms = list(dict.fromkeys(args.arms or config["arms"]))
         for field_name, found, expected in (("labels", sizes, known), ("arms", arms, list(config["arms"]))):
             if unknown := [name for name in found if name not in expected]:
                 raise ValueError(f"{field_name}: expected of {', '.join(expected)}, found {', '.join(unknown)}")
-        for seed in args.seeds:
+        for seed in dict.fromkeys(args.seeds):
             for arm in arms:
                 recipe = build_recipe(config, tier, arm, sizes, args.quick)
                 if args.table == "time" and arm in same_in_both_tables(config):

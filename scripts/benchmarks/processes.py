@@ -120,7 +120,8 @@ class Processes:
         with self.lock:
             self.is_stopped = True
             for number in self.running:
-                os.kill(number, 15)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(number, 15)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class TierData:
 
     Raises:
         FileNotFoundError: `data` lacks a part of it.
-        ValueError: a test utterance of T1 is among its unlabelled audio.
+        ValueError: a test utterance of T1 is among its unlabelled audio, or the pool lacks a source that is needed.
     """
 
     def __init__(self, name: str, data: Path, folder: Path):
@@ -77,10 +77,17 @@ class TierData:
             self.near.append(str(self.folder / "prompts"))
 
     def _from_pool(self, source: str) -> pyarrow.Table:
-        """Rows of the pool whose source's name begins so."""
+        """Rows of the pool whose source's name begins so.
+
+        Raises:
+            ValueError: there are none.
+        """
         pool = [pyarrow.parquet.read_table(file) for file in sorted(self.data.glob("pool/*.parquet"))]
         pool = pyarrow.concat_tables(table.select([*COLUMNS, "source"]) for table in pool)
-        return pool.take([row for row, name in enumerate(pool["source"].to_pylist()) if name.startswith(source)])
+        chosen = [row for row, name in enumerate(pool["source"].to_pylist()) if name.startswith(source)]
+        if not chosen:
+            raise ValueError(f"data: {self.data / 'pool'} has no audio whose source begins with {source}")
+        return pool.take(chosen)
 
     def _make_phones(self, folder: Path) -> None:
         splits = {split: pyarrow.parquet.read_table(self.data / f"phones_ru/{split}.parquet") for split in PHONE_SPLITS}
