@@ -291,7 +291,7 @@ def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_pa
     arms = {chain.recipe.arm for chain in plan(scripts, config, tmp_path, table="time")}
     without_pretraining = {"scratch", "scratch_whole", "frozen_random", "log_mel"}
     same = {"hubert+best_rq", "transformers_wav2vec2"}
-    of_own_length = {"hubert+best_rq_quarter", "hubert+best_rq_fourfold"}
+    of_own_length = {"hubert+best_rq_quarter", "hubert+best_rq_fourfold", "hubert+best_rq_near"}
     of_own_length |= {"hubert+best_rq_self_trained", "scratch_self_trained"}
     assert arms == set(config["arms"]) - without_pretraining - same - of_own_length
 
@@ -310,6 +310,13 @@ def test_an_arm_may_be_longer_than_others(scripts):
     config = scripts.recipes.read_config(YAML)
     arms = ("hubert+best_rq_quarter", "hubert+best_rq", "hubert+best_rq_fourfold")
     assert [scripts.recipes.build_recipe(config, "T1", arm, ["3"]).updates for arm in arms] == [1000, 4000, 16000]
+
+
+def test_what_is_asked_for_twice_is_planned_once(scripts, tmp_path):
+    config, _ = small_config(scripts, tmp_path)
+    twice = {"tiers": ["T1", "T1"], "arms": ["best_rq", "best_rq"], "labels": ["all", "all"], "seeds": [0, 0]}
+    (chain,) = plan(scripts, config, tmp_path, **twice)
+    assert chain.sizes == ["all"]
 
 
 def test_plan_refuses_what_the_yaml_does_not_have(scripts, tmp_path):
