@@ -1,5 +1,6 @@
 """Tables of the comparison, made of rows alone."""
 
+import datetime
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ def make_row(arm, seed, labels, edits, lengths, **changes):
         "cer": sum(edits) / sum(lengths), "clips": [str(number) for number in range(len(edits))], "cer_edits": edits,
         "cer_lengths": lengths, "loss_before": 1.0, "loss_last": 0.99, "updates": 2, "audio_hours": 1.5,
         "pretraining_cpu_seconds": 120.0, "pretraining_wall_seconds": 60.0, "parameters": 5_000_000, "commit": "abc",
-        "machine": "a machine", "options": "{}",
+        "machine": "2026-11-26, a machine", "options": "{}", "finished": datetime.datetime(2026, 11, 26),
     } | changes  # fmt: skip
 
 
@@ -71,16 +72,17 @@ def test_report_says_mean_spread_reduction_and_what_does_not_count(scripts, tmp_
         make_row("best_rq", 0, "3", [9, 9], [10, 10], recipe="old"),
         make_row("best_rq", 0, "3", [2, 2], [10, 10]),
         make_row("best_rq", 1, "3", [3, 3], [10, 10]),
+        make_row("best_rq", 0, "all", [1, 1], [10, 10], audio_hours=9.0, updates=9, commit="def"),
         make_row("wav2vec2", 0, "3", [4, 4], [10, 10], loss_last=0.5),
     ]
     text = scripts.comparison_report.write_report(rows, config, tmp_path)
     assert "| arm | 3 min | all (30 min) |" in text
     assert "| scratch | 50.0% ± 14.1 (n=2) | 10.0% (n=1) |" in text
-    assert "| best_rq | 25.0% ± 7.1 (n=2); −50% [−50, −50] |  |" in text
+    assert "| best_rq | 25.0% ± 7.1 (n=2); −50% [−50, −50] | 10.0% (n=1); +0% [+0, +0] |" in text
     assert "| wav2vec2 | 40.0% (n=1) †; +0% [+0, +0] |  |" in text
     assert "| best_rq | 3.0 min | 12.7 min | 4.2× |" in text  # 5/8 of the way from 3 to 30 over the logarithm
     assert "| best_rq | 1.50 | 2 | 2.0 | 1.0 | 5.00 M |  |  |  |" in text
-    assert "commit abc; a machine" in text
+    assert "Run on a machine. Commits abc, def." in text
 
 
 def test_convergence_is_not_asked_of_a_short_last_training(scripts, tmp_path):

@@ -350,6 +350,17 @@ def test_a_process_is_measured_and_its_end_is_shown_when_it_fails(scripts, tmp_p
     assert (tmp_path / "busy.log").read_text() == "1\n"
 
 
+def test_data_that_another_process_made_first_is_taken(scripts, tmp_path):
+    def make(folder):
+        (folder / "file").write_text("mine")
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made/file").write_text("of another")
+
+    scripts.tiers.make_once(tmp_path / "made", make)
+    assert (tmp_path / "made/file").read_text() == "of another"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 class FakeProcesses(dict):
     """Runs scripts in this process; those named in `failing` end with an error."""
 
@@ -593,6 +604,16 @@ def test_equal_time_is_measured_in_rows_that_must_be_there(compare, caplog):
     _, code = compare(*options, "--table", "time")
     assert code == 0
     assert [row["updates"] for row in compare.rows() if row["table"] == "time"] == [2]
+
+
+def test_time_of_another_device_is_no_measure(compare, scripts, caplog):
+    assert compare("--arms", "denoising", "hubert+best_rq", "--labels", MINUTES)[1] == 0
+    results = scripts.processes.Results(compare.folder / "results.parquet")
+    for row in results.rows():
+        assert row["device"] == "cpu"
+        results.add(row | {"device": "cuda"})
+    assert compare("--arms", "denoising", "--labels", MINUTES, "--table", "time")[1] == 1
+    assert "run --arms denoising --table updates first" in caplog.text
 
 
 def test_dry_run_prints_the_plan_and_runs_nothing(compare, capsys):

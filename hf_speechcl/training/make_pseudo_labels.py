@@ -107,9 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     file = folder / f"train-{state.process_index:05d}-of-{state.num_processes:05d}.parquet"
     written = sum(gather_object([write_clips(kept, texts, list(own), file)]))
     if state.is_main_process:
-        for stale in set(folder.glob("train-*.parquet")) - set(
-            folder.glob(f"train-*-of-{state.num_processes:05d}.parquet")
-        ):
+        for stale in set(folder.glob("train-*")) - set(folder.glob(f"train-*-of-{state.num_processes:05d}.parquet")):
             stale.unlink()
         licenses = " ".join(describe_licenses(args.corpus, None))
         (folder / "LICENSE.md").write_text(f"Audio of {licenses}\n", encoding="utf-8")

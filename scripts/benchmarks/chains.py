@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import os
 import shutil
 import threading
 from collections import defaultdict
@@ -110,11 +111,16 @@ class Comparison:
         for processes in self.processes.values():
             processes.stop()
 
-    def _on_cpu(self, chain: Chain) -> bool:
-        return self.config["tiers"][chain.recipe.tier]["device"] == "cpu" or not torch.cuda.is_available()
+    def _device(self, chain: Chain) -> str:
+        on_cpu = self.config["tiers"][chain.recipe.tier]["device"] == "cpu" or not torch.cuda.is_available()
+        return "cpu" if on_cpu else "cuda"
+
+    def _only_cpu(self, chain: Chain, option: dict) -> dict:
+        """An option that says so to a script, where that may not use a GPU which is there."""
+        return option if self._device(chain) == "cpu" else {}
 
     def _train(self, chain: Chain, script: tuple[str, ...], folder: Path, options: dict, lock: int) -> dict:
-        shown = {"seed": chain.seed, **({"use_cpu": True} if self._on_cpu(chain) else {})}
+        shown = {"seed": chain.seed, **self._only_cpu(chain, {"use_cpu": True})}
         if script != (PEER, "pretrain"):
             shown |= TRAINER_OPTIONS | {"logging_steps": max(1, options["max_steps"] // 50)}
         argv = [*script[1:], *to_argv({**options, **shown})]
@@ -133,7 +139,7 @@ class Comparison:
         for number in range(1, recipe.self_training["rounds"] + 1):
             texts, student = (chain.folder / f"{kind}{number}{of_size}" for kind in ("pseudo_labels", "student"))
             options = {"model": str(teacher), "corpus": self.data[recipe.tier].same_language, "output_dir": str(texts)}
-            options |= {"device": "cpu"} if self._on_cpu(chain) else {}
+            options |= self._only_cpu(chain, {"device": "cpu"})
 
             def write(options=options, texts=texts) -> dict:
                 shutil.rmtree(texts, ignore_errors=True)  # from the beginning, so that all of it is timed
@@ -169,7 +175,7 @@ class Comparison:
                     units["features"] = str(encoder)
                 folder = chain.folder / f"units{number}"
                 units["output_dir"] = str(folder)
-                units |= {"device": "cpu"} if self._on_cpu(chain) else {}
+                units |= self._only_cpu(chain, {"device": "cpu"})
                 make = partial(
                     self.processes[recipe.tier].run, "make_units.py", to_argv(units), beside(folder, ".log"), lock
                 )
@@ -188,13 +194,15 @@ class Comparison:
         """Accuracy of telling speakers by a few clips; None from scratch, of the peer and of recognisers."""
         if encoder is None or chain.recipe.is_peer or chain.recipe.self_training is not None:
             return None
-        tier, file = chain.recipe.tier, beside(encoder, ".few_shot.scores.json")
+        tier, file = chain.recipe.tier, beside(encoder, f".few_shot.{os.getpid()}.json")
 
         def measure() -> float:
             options = {**self.config["few_shot"], "models": [str(encoder)], "corpus": [self.data[tier].voices]}
             argv = to_argv({**options, "output_file": str(file)})
             self.processes[tier].run("benchmarks/few_shot.py", argv, beside(encoder, ".few_shot.log"), lock)
-            return json.loads(file.read_text(encoding="utf-8"))["results"][str(encoder)]["accuracy"]
+            accuracy = json.loads(file.read_text(encoding="utf-8"))["results"][str(encoder)]["accuracy"]
+            file.unlink()
+            return accuracy
 
         with self.measuring[encoder]:  # once for all label sizes
             return self._kept(chain, f"{encoder.name}.few_shot", measure)
@@ -234,14 +242,14 @@ class Comparison:
         begun = beside(folder, ".begun.json")
         source, split = labels.scored
         scoring = {"model": str(folder), "corpus": [source], "split": split, "output_file": str(begun)}
-        scoring |= {"device": "cpu"} if self._on_cpu(chain) else {}
+        scoring |= self._only_cpu(chain, {"device": "cpu"})
         if not scores_file.is_file():
             self.processes[recipe.tier].run("evaluate.py", to_argv(scoring), beside(folder, ".log"), lock)
             begun.replace(scores_file)
         scores = json.loads(scores_file.read_text(encoding="utf-8"))
         validation = json.loads((folder / "results.json").read_text(encoding="utf-8")) if labels.held_out else {}
         tier = self.config["tiers"][recipe.tier]
-        device = "cpu" if self._on_cpu(chain) else "cuda"
+        device = self._device(chain)
         self.results.add(
             {
                 "run": chain.run_name(size),
@@ -272,6 +280,7 @@ class Comparison:
                 **probe_scores(encoder),
                 "few_shot": self._few_shot(chain, encoder, lock),
                 "commit": commit(),
+                "device": device,
                 "machine": describe_machine("transformers", device=device, threads=tier["threads"]),
                 "finished": datetime.datetime.now(),
             }
@@ -284,12 +293,13 @@ class Comparison:
         return made_once(chain.folder / f"{name}.json", lambda: {"value": measure()})["value"]
 
     def _mean(self, chain: Chain, arm: str, pretraining: str | None, value, **same) -> float:
-        """Mean over rows in the table of equal updates, of an arm with this hash of its pre-training or with any.
+        """Mean over rows in the table of equal updates and of the same device, of an arm with this hash of its
+        pre-training or with any.
 
         Raises:
             RunError: there is none; says what to run.
         """
-        wanted = {"tier": chain.recipe.tier, "arm": arm, "table": "updates", **same}
+        wanted = {"tier": chain.recipe.tier, "arm": arm, "table": "updates", "device": self._device(chain), **same}
         rows = [row for row in self.results.rows() if all(row[name] == value for name, value in wanted.items())]
         names = [(row, f"seed{row['seed']}-{pretraining}") for row in rows]
         rows = [row for row, name in names if pretraining is None or row["run"].split("/")[2] == name]

@@ -179,14 +179,14 @@ def describe_reduction(found: dict) -> str:
 
 def cost_table(cells: Cells) -> list[str]:
     """What the pre-training of each arm took, and what else its encoder is worth where that was measured: means over
-    seeds and label sizes, which share an encoder unless it was made for each."""
+    seeds, with the fewest labels, where the encoder is made for a label size."""
     lines = [
         "| arm | hours of audio seen | updates | pre-training, CPU minutes | wall minutes | parameters | "
         "probe accuracy | ABX error | few-shot |",
         "|---" * 9 + "|",
     ]
     for arm, own in cells.items():
-        rows = [row for cell in own.values() for row in cell.rows]
+        rows = min(own.values(), key=lambda cell: cell.minutes).rows
 
         def mean(column: str, form: str, scale: float = 1.0, rows=rows) -> str:
             found = [row[column] for row in rows if row.get(column) is not None]
@@ -204,6 +204,15 @@ def cost_table(cells: Cells) -> list[str]:
         ]
         lines.append(f"| {arm} | " + " | ".join(values) + " |")
     return lines
+
+
+def describe_runs(cells: Cells) -> str:
+    """Machines and commits of all rows, the newest first."""
+    rows = [row for own in cells.values() for cell in own.values() for row in cell.rows]
+    rows.sort(key=lambda row: row["finished"], reverse=True)
+    machines = dict.fromkeys(row["machine"].partition(", ")[2] for row in rows)  # without the date
+    commits = dict.fromkeys(row["commit"] or "no repository" for row in rows)
+    return f"{'; '.join(machines)}. Commits {', '.join(commits)}"
 
 
 def needed_table(cells: Cells) -> list[str]:
@@ -291,14 +300,13 @@ def write_report(rows: list[dict], config: dict, folder: Path) -> str:
             files = plot(cells, f"{name}, {scored}", clock, folder, f"{tier}_{phase}_{table}_{score}")
             parts.append("\n".join(f"![{file}]({file})" for file in files))
         parts.append("\n".join(cost_table(cells)))
+        parts.append(f"Run on {describe_runs(cells)}.")
     if found:
-        last = rows[-1]
         parts.append(
             "Mean over n seeds ± standard deviation; change of the error against scratch (and against scratch with the "
             "whole budget) in percent of it, with paired bootstrap 95% intervals over clips. † does not count: "
             f"fine-tuning had not converged, or the best arm's error is {USEFUL:.0%} or more. ‡ of a length of its "
-            "own, not with as many updates as the others; of self-trained arms convergence is not judged. Newest run: "
-            f"commit {last['commit']}; {last['machine']}."
+            "own, not with as many updates as the others; of self-trained arms convergence is not judged."
         )
     else:
         parts.append("No run is finished.")

@@ -58,6 +58,7 @@ SCHEMA = pyarrow.schema(
         "abx_error": pyarrow.float64(),
         "few_shot": pyarrow.float64(),
         "commit": pyarrow.string(),
+        "device": pyarrow.string(),
         "machine": pyarrow.string(),
         "finished": pyarrow.timestamp("s"),
     }

@@ -179,4 +179,9 @@ def make_once(folder: Path, make) -> None:
     shutil.rmtree(begun, ignore_errors=True)
     begun.mkdir(parents=True)
     make(begun)
-    begun.rename(folder)
+    try:
+        begun.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster
+            raise
+        shutil.rmtree(begun)
