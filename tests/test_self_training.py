@@ -152,11 +152,15 @@ def test_a_killed_run_goes_on(teacher, audio, tmp_path, monkeypatch):
         patched.setattr(soundfile, "write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             make(teacher, audio, folder, *options)
+    (folder / "train-00001-of-00002.begun").write_bytes(b"of a launch of two that was killed")
     assert make(teacher, audio, folder, *options) == rows
     assert sum(heard) == len(rows) == 4
     names = {"train-00000-of-00001.parquet", "pseudo_labels.json", "LICENSE.md"}
     assert {path.name for path in folder.iterdir()} == names
-    (folder / "texts.partial-0.jsonl").touch()
+    identity = json.loads((folder / "pseudo_labels.json").read_text())["identity"]
+    (folder / "texts.partial-1.jsonl").write_text(
+        json.dumps(identity) + "\n" + json.dumps({"id": "a", "text": "b"}) + "\n"
+    )
     assert make(teacher, audio, folder, *options) == rows
     assert sum(heard) == 4
     assert {path.name for path in folder.iterdir()} == names
