@@ -26,6 +26,11 @@ def describe_machine(*packages: str, device: str | torch.device = "cpu", threads
     return ", ".join([str(datetime.date.today()), processor, f"Python {platform.python_version()}", *versions])
 
 
+def machine_of(description: str) -> str:
+    """What `describe_machine` says without the date."""
+    return description.partition(", ")[2]
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():

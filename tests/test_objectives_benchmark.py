@@ -604,16 +604,22 @@ def test_equal_time_is_measured_in_rows_that_must_be_there(compare, caplog):
     _, code = compare(*options, "--table", "time")
     assert code == 0
     assert [row["updates"] for row in compare.rows() if row["table"] == "time"] == [2]
+    assert "another machine" not in caplog.text
 
 
 def test_time_of_another_device_is_no_measure(compare, scripts, caplog):
     assert compare("--arms", "denoising", "hubert+best_rq", "--labels", MINUTES)[1] == 0
     results = scripts.processes.Results(compare.folder / "results.parquet")
-    for row in results.rows():
+    rows, options = results.rows(), ["--arms", "denoising", "--labels", MINUTES, "--table", "time"]
+    for row in rows:
         assert row["device"] == "cpu"
         results.add(row | {"device": "cuda"})
-    assert compare("--arms", "denoising", "--labels", MINUTES, "--table", "time")[1] == 1
+    assert compare(*options)[1] == 1
     assert "run --arms denoising --table updates first" in caplog.text
+    for row in rows:
+        results.add(row | {"machine": "2026-11-27, a slower one"})
+    assert compare(*options)[1] == 0
+    assert "denoising: its length is measured in time of another machine: a slower one" in caplog.text
 
 
 def test_dry_run_prints_the_plan_and_runs_nothing(compare, capsys):

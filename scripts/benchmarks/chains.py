@@ -17,7 +17,7 @@ from recipes import Recipe, checksum, clock_of, to_argv
 from tiers import TierData
 
 from hf_speechcl.evaluation.asr import edit_counts
-from hf_speechcl.machine import describe_machine
+from hf_speechcl.machine import describe_machine, machine_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +111,14 @@ class Comparison:
         for processes in self.processes.values():
             processes.stop()
 
+    def _tier(self, chain: Chain) -> dict:
+        return self.config["tiers"][chain.recipe.tier]
+
     def _device(self, chain: Chain) -> str:
-        on_cpu = self.config["tiers"][chain.recipe.tier]["device"] == "cpu" or not torch.cuda.is_available()
-        return "cpu" if on_cpu else "cuda"
+        return "cpu" if self._tier(chain)["device"] == "cpu" or not torch.cuda.is_available() else "cuda"
+
+    def _machine(self, chain: Chain) -> str:
+        return describe_machine("transformers", device=self._device(chain), threads=self._tier(chain)["threads"])
 
     def _only_cpu(self, chain: Chain, option: dict) -> dict:
         """An option that says so to a script, where that may not use a GPU which is there."""
@@ -248,8 +253,6 @@ class Comparison:
             begun.replace(scores_file)
         scores = json.loads(scores_file.read_text(encoding="utf-8"))
         validation = json.loads((folder / "results.json").read_text(encoding="utf-8")) if labels.held_out else {}
-        tier = self.config["tiers"][recipe.tier]
-        device = self._device(chain)
         self.results.add(
             {
                 "run": chain.run_name(size),
@@ -280,8 +283,8 @@ class Comparison:
                 **probe_scores(encoder),
                 "few_shot": self._few_shot(chain, encoder, lock),
                 "commit": commit(),
-                "device": device,
-                "machine": describe_machine("transformers", device=device, threads=tier["threads"]),
+                "device": self._device(chain),
+                "machine": self._machine(chain),
                 "finished": datetime.datetime.now(),
             }
         )
@@ -309,10 +312,12 @@ class Comparison:
                 f"its length is measured in the time of another run, which has no row in {self.results.file} with the "
                 f"recipe that the YAML has now ({shown}): run --arms {arm} --table updates first"
             )
+        if others := {machine_of(row["machine"]) for row in rows} - {machine_of(self._machine(chain))}:
+            logger.warning("%s: its length is measured in time of another machine: %s", arm, "; ".join(sorted(others)))
         return sum(map(value, rows)) / len(rows)
 
     def _seconds(self, chain: Chain, kind: str) -> str:
-        return f"{kind}_{clock_of(self.config['tiers'][chain.recipe.tier])}_seconds"
+        return f"{kind}_{clock_of(self._tier(chain))}_seconds"
 
     def _reference_seconds(self, chain: Chain) -> float:
         column = self._seconds(chain, "pretraining")

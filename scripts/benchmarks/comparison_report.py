@@ -10,6 +10,7 @@ import numpy as np
 from recipes import clock_of, of_own_length, same_in_both_tables
 
 from hf_speechcl.evaluation.asr import bootstrap_interval, resample
+from hf_speechcl.machine import machine_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -210,7 +211,7 @@ def describe_runs(cells: Cells) -> str:
     """Machines and commits of all rows, the newest first."""
     rows = [row for own in cells.values() for cell in own.values() for row in cell.rows]
     rows.sort(key=lambda row: row["finished"], reverse=True)
-    machines = dict.fromkeys(row["machine"].partition(", ")[2] for row in rows)  # without the date
+    machines = dict.fromkeys(machine_of(row["machine"]) for row in rows)
     commits = dict.fromkeys(row["commit"] or "no repository" for row in rows)
     return f"{'; '.join(machines)}. Commits {', '.join(commits)}"
 
