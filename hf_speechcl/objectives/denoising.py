@@ -33,9 +33,9 @@ class Denoising(Objective):
     """Give back the clean log-mel frames of a clip that was corrupted.
 
     Learns features that do not change with noise, room and other voices, and the shape of the spectrum: frame level,
-    for speech recognition, where with an hour of one voice it did as well as predicted codes and told speakers least
-    (README, "Does pre-training pay?"). The corruptions are the training option `corruptions`; every objective of the
-    run then gets the corrupted input.
+    for speech recognition; with an hour of one voice, one seed, it could not be told from predicted codes (README,
+    "Does pre-training pay?"). The corruptions are the training option `corruptions`; every objective of the run then
+    gets the corrupted input.
 
     Args:
         config: the encoder's configuration.
