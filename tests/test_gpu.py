@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_speechcl import SpeechCLForPreTraining
+from hf_speechcl import SpeechCLForCTC, SpeechCLForPreTraining
 from hf_speechcl.recognizer import SpeechRecognizer
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
 from hf_speechcl.training.pretrain import main as pretrain
@@ -28,6 +28,12 @@ def on_gpu(folder: Path) -> list[str]:
 def losses(folder: Path) -> list[float]:
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Between the trained weights of two models."""
+    trained = [name for name, weight in others.items() if weight.is_floating_point()]
+    return sum((some[name] - others[name]).square().sum().item() for name in trained) ** 0.5
 
 
 def test_every_objective_has_the_losses_and_gradients_of_the_cpu(pretraining_config, clips):
@@ -57,17 +63,23 @@ def test_pretraining_goes_on_where_it_was_killed(tmp_path):
     pretrain([*argv, *saving])
     (tmp_path / "resumed/model.safetensors").unlink()
     shutil.rmtree(tmp_path / "resumed/checkpoint-6")
+    halfway = load_file(tmp_path / "resumed/checkpoint-3/model.safetensors")
     pretrain([*argv, *saving, "--resume_from_checkpoint", "last"])
     assert losses(tmp_path / "resumed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-2)
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
-    assert all(torch.allclose(whole[name], resumed[name], atol=1e-2) for name in whole)
+    assert distance(resumed, whole) <= 0.2 * distance(halfway, whole)
 
 
 def test_a_recognizer_is_trained_and_writes_what_it_writes_on_the_cpu(trained, clips, tmp_path):
     finetune_ctc(["--model", str(trained / "encoder"), "--max_steps", "6", *on_gpu(tmp_path / "ctc")])
     assert all(loss > 0 for loss in losses(tmp_path / "ctc"))
+    model = SpeechCLForCTC.from_pretrained(tmp_path / "ctc")
+    with torch.no_grad():  # after six updates it would write nothing
+        model.lm_head.bias[model.config.pad_token_id] -= 10.0
+    model.save_pretrained(tmp_path / "ctc")
     texts = []
     for device in ("cpu", "cuda"):
         recognizer = SpeechRecognizer.from_pretrained(tmp_path / "ctc", device=torch.device(device))
         texts.append([transcript.text for transcript in recognizer.transcribe(clips)])
+    assert all(texts[0])
     assert texts[0] == texts[1]
