@@ -138,10 +138,11 @@ class Comparison:
         unlabelled audio; the encoder, later the student before, learns from these and from the labels, and is the next
         teacher."""
         recipe, processes = chain.recipe, self.processes[chain.recipe.tier]
+        own = recipe.self_training[size]
         of_size = f"-{chain.phase}-{size}-{recipe.finetuning_hash(size)}"
         start, teacher = encoder, chain.folder / f"teacher{of_size}"
         done = [self._train_recognizer(chain, size, encoder, teacher, lock)]
-        for number in range(1, recipe.self_training["rounds"] + 1):
+        for number in range(1, own["rounds"] + 1):
             texts, student = (chain.folder / f"{kind}{number}{of_size}" for kind in ("pseudo_labels", "student"))
             options = {"model": str(teacher), "corpus": self.data[recipe.tier].same_language, "output_dir": str(texts)}
             options |= self._only_cpu(chain, {"device": "cpu"})
@@ -151,7 +152,7 @@ class Comparison:
                 return processes.run("make_pseudo_labels.py", to_argv(options), beside(texts, ".log"), lock)
 
             done.append(made_once(beside(texts, ".json"), write))
-            changes = {**recipe.self_training["student"], "pseudo_labels": [str(texts)]}
+            changes = {**own["student"], "pseudo_labels": [str(texts)]}
             done.append(self._train_recognizer(chain, size, start, student, lock, changes))
             shutil.rmtree(texts, ignore_errors=True)
             if not self.config["keep_models"]:
@@ -241,7 +242,7 @@ class Comparison:
         recipe = chain.recipe
         folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
         labels = self.data[recipe.tier].labels(chain.phase, size, chain.seed)
-        last = recipe.self_training and recipe.self_training["last"]
+        last = recipe.self_training and recipe.self_training[size]["last"]
         took = self._train_recognizer(chain, size, encoder, folder, lock, last)
         scores_file = beside(folder, ".scores.json")
         begun = beside(folder, ".begun.json")

@@ -111,9 +111,9 @@ def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | No
     for options in (stage["pretraining"] for stage in recipe.stages):
         seconds += float(options.get("seconds", 0)) + per_update["pretraining"] * options.get("max_steps", 0)
     if recipe.self_training is not None:
-        parts = recipe.self_training
-        more = parts["rounds"] * parts["student"]["max_steps"] + parts["last"]["max_steps"]
-        seconds += per_update["finetuning"] * more * len(finetuning)
+        for parts in map(recipe.self_training.get, chain.sizes):
+            more = parts["rounds"] * parts["student"]["max_steps"] + parts["last"]["max_steps"]
+            seconds += per_update["finetuning"] * more
     return seconds / 60
 
 

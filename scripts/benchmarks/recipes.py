@@ -18,7 +18,7 @@ KEYS = {
     "tier": {"threads", "device", "scores", "labels", "seconds_per_update"}
     | {"pretraining", "finetuning", "finetuning_by_labels"},
     "arm": {"like", "about", "pretrained", "peer", "whole_budget", "stages", "tiers"}
-    | {"pretraining", "finetuning", "finetuning_by_labels", "self_training"},
+    | {"pretraining", "finetuning", "finetuning_by_labels", "self_training", "self_training_by_labels"},
     "self_training": {"rounds", "student", "last"},
     "stage": {"units", "share", "continues", "near", "pretraining"},
     "quick": {"tier", "seeds", "phase", "labels", "arms", "pretraining", "finetuning"},
@@ -38,8 +38,8 @@ class Recipe:
         takes_whole_budget: whether it is fine-tuned for as long as others are pre-trained and fine-tuned.
         finetuning: options by label size.
         encoder_arm: the arm whose encoder it is: its own, but for arms with self-training.
-        self_training: `{"rounds", "student", "last"}`, or None: options of fine-tuning on pseudo-labels and labels, and
-            of the last fine-tuning, on labels alone.
+        self_training: `{"rounds", "student", "last"}` by label size, or None: options of fine-tuning on pseudo-labels
+            and labels, and of the last fine-tuning, on labels alone.
     """
 
     tier: str
@@ -50,7 +50,7 @@ class Recipe:
     takes_whole_budget: bool
     finetuning: dict[str, dict]
     encoder_arm: str
-    self_training: dict | None = None
+    self_training: dict[str, dict] | None = None
 
     @property
     def needs_rows(self) -> bool:
@@ -68,13 +68,14 @@ class Recipe:
         return checksum(self.stages or self.encoder)
 
     def finetuning_hash(self, size: str) -> str:
-        of_self_training = [] if self.self_training is None else [self.self_training]
+        of_self_training = [] if self.self_training is None else [self.self_training[size]]
         return checksum([self.finetuning[size], self.takes_whole_budget, *of_self_training])
 
     def to_json(self, size: str) -> str:
         """What the table of results keeps."""
-        names = ("stages", "encoder", "self_training")
-        return json.dumps({**{name: getattr(self, name) for name in names}, "finetuning": self.finetuning[size]})
+        self_training = self.self_training and self.self_training[size]
+        kept = {"stages": self.stages, "encoder": self.encoder, "self_training": self_training}
+        return json.dumps({**kept, "finetuning": self.finetuning[size]})
 
 
 def read_config(file: Path) -> dict:
@@ -134,12 +135,14 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         stages.append({**done, **near})
     finetuning = {}
     for size in sizes:
-        shared = _merge(*(_finetuning(layer, size) for layer in of_all))
+        shared = _merge(*(_of_size(layer, "finetuning", size) for layer in of_all))
         if is_peer:
             shared = {name: shared[name] for name in SHARED_WITH_PEER if name in shared}
-        finetuning[size] = _merge(shared, *(_finetuning(layer, size) for layer in of_arm))
+        finetuning[size] = _merge(shared, *(_of_size(layer, "finetuning", size) for layer in of_arm))
     encoder = {} if stages else {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
-    self_training = _merge(*(layer.get("self_training", {}) for layer in of_arm)) or None
+    self_training = None
+    if "self_training" in own:
+        self_training = {size: _merge(*(_of_size(layer, "self_training", size) for layer in of_arm)) for size in sizes}
     return Recipe(
         tier,
         arm,
@@ -158,9 +161,9 @@ def _encoder_arm(arms: dict[str, dict], name: str) -> str:
     return _encoder_arm(arms, arms[name]["like"]) if "self_training" in _inherited(arms, name) else name
 
 
-def _finetuning(layer: dict, size: str) -> dict:
-    by_labels = {str(name): options for name, options in layer.get("finetuning_by_labels", {}).items()}
-    return _merge(layer.get("finetuning", {}), by_labels.get(size, {}))
+def _of_size(layer: dict, kind: str, size: str) -> dict:
+    by_labels = {str(name): options for name, options in layer.get(f"{kind}_by_labels", {}).items()}
+    return _merge(layer.get(kind, {}), by_labels.get(size, {}))
 
 
 def clock_of(tier: dict) -> str:
