@@ -72,21 +72,18 @@ class TranscriptLog:
 
     def __init__(self, output_file: Path, identity: dict, restart: bool = False):
         self.state = PartialState()
-        self.folder, self.prefix = output_file.parent, f"{output_file.name}.partial-"
+        self.output_file = output_file
         if restart:
             self.remove()
         self.records: dict[str, dict] = {}
-        for file in self._files():
+        for file in _partial_files(output_file):
             self._read(file, identity)
         self.state.wait_for_everyone()
-        self.file = self.folder / f"{self.prefix}{self.state.process_index}.jsonl"
+        self.file = output_file.with_name(f"{output_file.name}.partial-{self.state.process_index}.jsonl")
         whole = self.file.read_bytes().rpartition(b"\n")[0] if self.file.exists() else b""
         self.stream = self.file.open("wb")
         self.stream.write(whole + b"\n" if whole else json.dumps(identity).encode() + b"\n")
         self.stream.flush()
-
-    def _files(self) -> list[Path]:
-        return sorted(file for file in self.folder.iterdir() if file.name.startswith(self.prefix))
 
     def _read(self, file: Path, identity: dict) -> None:
         lines = file.read_bytes().rpartition(b"\n")[0].splitlines()  # a last line without end was cut off
@@ -107,11 +104,21 @@ class TranscriptLog:
 
     def remove(self) -> None:
         """Delete the files of all processes."""
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            for file in self._files():
-                file.unlink()
-        self.state.wait_for_everyone()
+        remove_partial_transcripts(self.output_file)
+
+
+def remove_partial_transcripts(output_file: Path) -> None:
+    """Delete what processes of interrupted runs left beside the output file."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for file in _partial_files(output_file):
+            file.unlink()
+    state.wait_for_everyone()
+
+
+def _partial_files(output_file: Path) -> list[Path]:
+    return sorted(file for file in output_file.parent.iterdir() if file.name.startswith(f"{output_file.name}.partial-"))
 
 
 def transcribe(

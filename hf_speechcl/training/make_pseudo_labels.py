@@ -15,7 +15,13 @@ from ..data.folders import source_name
 from ..data.pseudo_labels import PseudoLabels, write_clips
 from ..decoding import DecodingArguments
 from ..distributed import leaves_launch
-from ..evaluation.transcription import TranscriptLog, checksum, state_of_file, transcribe
+from ..evaluation.transcription import (
+    TranscriptLog,
+    checksum,
+    remove_partial_transcripts,
+    state_of_file,
+    transcribe,
+)
 from ..hub import weights_digest
 from ..recognizer import ComputingArguments, SpeechRecognizer
 from .arguments import ClipArguments
@@ -90,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     with state.main_process_first():
         labels = PseudoLabels.open(folder, description)
     if labels.is_complete:
-        TranscriptLog(folder / "texts", description["identity"]).remove()  # of a run killed between its end and this
+        remove_partial_transcripts(folder / "texts")  # of a run killed between its end and this
         logger.info("%s holds these texts already", source_name(args.output_dir))
         return
 
