@@ -90,6 +90,7 @@ def small_config(scripts, tmp_path, **changes):
             "student": {"max_steps": 4},
             "last": {"max_steps": 3},
         }
+        del config["arms"][arm]["tiers"]  # by label sizes that are not here
     for name in ("T1", "T2", "T3"):
         tier = config["tiers"][name]
         tier |= {
@@ -263,6 +264,19 @@ def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
         small_config(scripts, tmp_path, arms=arms, reference_arm="x")
     with pytest.raises(ValueError, match=r"arms.y.self_training: last, student is missing"):
         small_config(scripts, tmp_path, arms={"x": {}, "y": {"like": "x", "self_training": {"rounds": 1}}})
+    with pytest.raises(ValueError, match=r"arms.x: it changes self_training, which it does not have"):
+        small_config(scripts, tmp_path, arms={"x": {"tiers": {"T1": {"self_training_by_labels": {"all": {}}}}}})
+    changes = {
+        r"arms.y.tiers: there is no tier 'T9'": {"T9": {}},
+        r"arms.y.tiers.T1: unknown self_training_by_label;": {"T1": {"self_training_by_label": {}}},
+        r"by_labels: there is no label size '1O'; expected 0.1, all": {"T1": {"self_training_by_labels": {"1O": {}}}},
+        r"T1.self_training_by_labels.all: unknown round;": {"T1": {"self_training_by_labels": {"all": {"round": 2}}}},
+        r"T2.finetuning_by_labels: there is no label size 3": {"T2": {"finetuning_by_labels": {3: {}}}},
+    }
+    for message, of_tiers in changes.items():
+        arms = {"x": {}, "y": {"like": "x", "self_training": parts, "tiers": of_tiers}}
+        with pytest.raises(ValueError, match=message):
+            small_config(scripts, tmp_path, arms=arms, reference_arm="x")
     with pytest.raises(ValueError, match="reference_arm: there is no arm 'y'"):
         small_config(scripts, tmp_path, reference_arm="y")
 

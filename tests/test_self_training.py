@@ -158,9 +158,8 @@ def test_a_killed_run_goes_on(teacher, audio, tmp_path, monkeypatch):
     names = {"train-00000-of-00001.parquet", "pseudo_labels.json", "LICENSE.md"}
     assert {path.name for path in folder.iterdir()} == names
     identity = json.loads((folder / "pseudo_labels.json").read_text())["identity"]
-    (folder / "texts.partial-1.jsonl").write_text(
-        json.dumps(identity) + "\n" + json.dumps({"id": "a", "text": "b"}) + "\n"
-    )
+    another = {**identity, "weights": "of another model"}
+    (folder / "texts.partial-1.jsonl").write_text(json.dumps(another) + "\n")
     assert make(teacher, audio, folder, *options) == rows
     assert sum(heard) == 4
     assert {path.name for path in folder.iterdir()} == names

@@ -12,13 +12,13 @@ from tiers import PHASES, TIERS
 # Options of fine-tuning that the peer shares with all arms; the others are of SpeechCL, or its own.
 SHARED_WITH_PEER = ("max_steps", "max_seconds_per_batch", "bf16")
 ENCODER_OPTIONS = ("encoder", "encoder_options")
+TRAININGS = {"pretraining", "finetuning", "finetuning_by_labels"}
+SELF_TRAININGS = {"self_training", "self_training_by_labels"}
 KEYS = {
-    "config": {"reference_arm", "keep_models", "save_steps", "few_shot", "tiers", "arms", "quick"}
-    | {"pretraining", "finetuning", "finetuning_by_labels"},
-    "tier": {"threads", "device", "scores", "labels", "seconds_per_update"}
-    | {"pretraining", "finetuning", "finetuning_by_labels"},
-    "arm": {"like", "about", "pretrained", "peer", "whole_budget", "stages", "tiers"}
-    | {"pretraining", "finetuning", "finetuning_by_labels", "self_training", "self_training_by_labels"},
+    "config": {"reference_arm", "keep_models", "save_steps", "few_shot", "tiers", "arms", "quick"} | TRAININGS,
+    "tier": {"threads", "device", "scores", "labels", "seconds_per_update"} | TRAININGS,
+    "arm": {"like", "about", "pretrained", "peer", "whole_budget", "stages", "tiers"} | TRAININGS | SELF_TRAININGS,
+    "arm in a tier": TRAININGS | SELF_TRAININGS,
     "self_training": {"rounds", "student", "last"},
     "stage": {"units", "share", "continues", "near", "pretraining"},
     "quick": {"tier", "seeds", "phase", "labels", "arms", "pretraining", "finetuning"},
@@ -82,23 +82,37 @@ def read_config(file: Path) -> dict:
     """The YAML, its names checked.
 
     Raises:
-        ValueError: an unknown key, tier or arm, or one that is missing; says where.
+        ValueError: an unknown key, tier, arm or label size, or one that is missing; says where.
     """
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     _check(config, "config", str(file))
+    sizes = {}
     for name, tier in config["tiers"].items():
         _check(tier, "tier", f"tiers.{name}")
         if name not in TIERS or set(tier["labels"]) != set(PHASES):
             raise ValueError(f"tiers.{name}: expected one of {', '.join(TIERS)} with labels for {', '.join(PHASES)}")
+        sizes[name] = {str(size) for phase in tier["labels"].values() for size in phase}
+        _check_by_labels(tier, f"tiers.{name}", sizes[name])
+    every_size = set().union(*sizes.values())
+    _check_by_labels(config, str(file), every_size)
     for name, arm in config["arms"].items():
         _check(arm, "arm", f"arms.{name}")
         for number, stage in enumerate(arm.get("stages", [])):
             _check(stage, "stage", f"arms.{name}.stages[{number}]")
-        _check(arm.get("self_training", {}), "self_training", f"arms.{name}.self_training")
+        _check_by_labels(arm, f"arms.{name}", every_size)
+        for tier, changes in arm.get("tiers", {}).items():
+            if tier not in config["tiers"]:
+                raise ValueError(f"arms.{name}.tiers: there is no tier {tier!r}")
+            _check(changes, "arm in a tier", f"arms.{name}.tiers.{tier}")
+            _check_by_labels(changes, f"arms.{name}.tiers.{tier}", sizes[tier])
         if arm.get("like") is not None and arm["like"] not in config["arms"]:
             raise ValueError(f"arms.{name}.like: there is no arm {arm['like']!r}")
     for name, arm in config["arms"].items():
-        if parts := _inherited(config["arms"], name).get("self_training"):
+        own = _inherited(config["arms"], name)
+        parts = own.get("self_training")
+        if parts is None and any(SELF_TRAININGS & set(layer) for layer in [own, *own.get("tiers", {}).values()]):
+            raise ValueError(f"arms.{name}: it changes self_training, which it does not have")
+        if parts is not None:
             if not arm.get("like") or {"pretraining", "stages"} & set(arm):
                 raise ValueError(f"arms.{name}: self-training starts from the encoder of another arm: say like which")
             if missing := sorted(KEYS["self_training"] - set(parts)):
@@ -112,6 +126,19 @@ def read_config(file: Path) -> dict:
 def _check(found: dict, kind: str, where: str) -> None:
     if unknown := sorted(set(found) - KEYS[kind]):
         raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected {', '.join(sorted(KEYS[kind]))}")
+
+
+def _check_by_labels(layer: dict, where: str, sizes: set[str]) -> None:
+    """Options by label size, and of self-training, which a script would read hours later or not at all."""
+    _check(layer.get("self_training") or {}, "self_training", f"{where}.self_training")
+    for name in ("finetuning_by_labels", "self_training_by_labels"):
+        for size, options in (layer.get(name) or {}).items():
+            if str(size) not in sizes:
+                raise ValueError(
+                    f"{where}.{name}: there is no label size {size!r}; expected {', '.join(sorted(sizes))}"
+                )
+            if name == "self_training_by_labels":
+                _check(options, "self_training", f"{where}.{name}.{size}")
 
 
 def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: bool = False) -> Recipe:
