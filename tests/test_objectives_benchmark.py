@@ -313,11 +313,12 @@ def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_pa
 def test_self_training_shares_the_encoder_of_another_arm_and_may_differ_by_tier_and_by_labels(scripts):
     config = scripts.recipes.read_config(YAML)
     config["arms"]["mine"] = {"like": "hubert+best_rq_self_trained", "finetuning": {"learning_rate": 1}}
-    recipes = [scripts.recipes.build_recipe(config, tier, "mine", ["10", "all"]) for tier in ("T1", "T3")]
+    sizes = ["3", "10", "all"]
+    recipes = [scripts.recipes.build_recipe(config, tier, "mine", sizes) for tier in ("T1", "T3")]
     assert {recipe.encoder_arm for recipe in recipes} == {"hubert+best_rq"}
-    assert [recipe.self_training["all"]["rounds"] for recipe in recipes] == [3, 2]
-    updates = [recipe.self_training[size]["student"]["max_steps"] for recipe in recipes for size in ("10", "all")]
-    assert updates == [4000, 2500, 2500, 2500]
+    assert [recipe.self_training[size]["rounds"] for recipe in recipes for size in sizes] == [3, 2, 2, 2, 2, 2]
+    updates = [recipe.self_training[size]["student"]["max_steps"] for recipe in recipes for size in sizes]
+    assert updates == [2500, 4000, 4500, 2500, 2500, 2500]
     assert json.loads(recipes[0].to_json("10"))["self_training"] == recipes[0].self_training["10"]
     assert scripts.recipes.build_recipe(config, "T1", "hubert+best_rq", ["all"]).self_training is None
 
