@@ -320,7 +320,10 @@ def test_self_training_shares_the_encoder_of_another_arm_and_may_differ_by_tier_
     updates = [recipe.self_training[size]["student"]["max_steps"] for recipe in recipes for size in sizes]
     assert updates == [2500, 4000, 4500, 2500, 2500, 2500]
     assert json.loads(recipes[0].to_json("10"))["self_training"] == recipes[0].self_training["10"]
-    assert scripts.recipes.build_recipe(config, "T1", "hubert+best_rq", ["all"]).self_training is None
+    other = scripts.recipes.build_recipe(config, "T1", "hubert+best_rq", ["all"])
+    assert other.self_training is None
+    assert other.is_teacher
+    assert not recipes[0].is_teacher
 
 
 def test_an_arm_may_be_longer_than_others(scripts):
@@ -511,9 +514,10 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     steps = [
         options_of(argv)
         for script, argv in processes.calls
-        if script == "finetune_ctc.py" and "/hubert+best_rq_self_trained/" in options_of(argv)["output_dir"]
+        if script == "finetune_ctc.py" and "/hubert+best_rq" in options_of(argv)["output_dir"]
     ]
     made = [own["output_dir"] for own in steps]
+    assert ["_self_trained/" in folder for folder in made] == [False, True, True, True]
     assert [own["model"] for own in steps] == [encoder, encoder, made[1], made[2]]
     assert [own["max_steps"] for own in steps] == ["5", "4", "4", "3"]
     calls = [options_of(argv) for script, argv in processes.calls if script == "make_pseudo_labels.py"]
@@ -529,8 +533,8 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert rows["transformers_wav2vec2"]["updates"] >= 1
     assert rows["log_mel"]["parameters"] < rows["scratch"]["parameters"]
     assert not list(compare.folder.glob("runs/**/checkpoint-*"))
-    for finetuned in ("dev", "teacher", "student"):
-        assert not list(compare.folder.glob(f"runs/**/{finetuned}*/model.safetensors"))
+    kept = [file.relative_to(compare.folder / "runs/T1") for file in compare.folder.glob("runs/**/model.safetensors")]
+    assert {file.parts[0] for file in kept if not file.parts[2].startswith("stage")} == {"hubert+best_rq", "scratch"}
     report = (compare.folder / "report.md").read_text()
     assert report in capsys.readouterr().out
     assert "| best_rq | " in report
@@ -539,6 +543,24 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
         assert (compare.folder / f"T1_dev_updates_cer_{kind}.png").read_bytes().startswith(b"\x89PNG")
     processes, code = compare(*options)
     assert (processes.calls, code) == ([], 0)
+
+
+def test_a_teacher_is_the_model_of_its_arm_and_trained_anew_if_that_was_deleted(compare):
+    options = ["--phase", "dev", "--labels", MINUTES]
+    assert compare("--arms", "scratch_self_trained", *options)[1] == 0
+    processes, code = compare("--arms", "scratch", *options)
+    assert code == 0
+    assert [script for script, _ in processes.calls] == ["evaluate.py"]
+    (teacher,) = compare.folder.glob("runs/T1/scratch/*/dev*/model.safetensors")
+    weights = teacher.read_bytes()
+    teacher.unlink()
+    for folder in compare.folder.glob("runs/T1/scratch_self_trained/*"):
+        shutil.rmtree(folder)
+    (compare.folder / "results.parquet").unlink()
+    processes, code = compare("--arms", "scratch_self_trained", *options)
+    assert code == 0
+    assert [script for script, _ in processes.calls].count("finetune_ctc.py") == 1 + 2 + 1
+    assert teacher.read_bytes() == weights
 
 
 def test_scratch_has_the_encoder_that_others_pretrain(compare):

@@ -1,5 +1,6 @@
 """Chains of the comparison: a pre-training and what is fine-tuned from it, run and written into the results."""
 
+import contextlib
 import datetime
 import json
 import logging
@@ -52,6 +53,10 @@ class Chain:
         recipe = self.recipe
         return f"{recipe.tier}/{recipe.arm}/{self.folder.name}/{self.phase}-{size}-{recipe.finetuning_hash(size)}"
 
+    def model_folder(self, size: str) -> Path:
+        """Of the fine-tuned model."""
+        return self.folder / self.run_name(size).rsplit("/", 1)[1]
+
     def recipe_name(self, size: str) -> str:
         recipe = self.recipe
         return checksum([recipe.pretraining_hash(), recipe.finetuning_hash(size), self.table, self.measured_in])
@@ -82,10 +87,17 @@ class Comparison:
         self.config, self.data, self.results = config, data, results
         self.processes = {tier: Processes(config["tiers"][tier]["threads"]) for tier in data}
         self.measuring = defaultdict(threading.Lock)  # by encoder
+        self.working = defaultdict(threading.Lock)  # by the folder of a fine-tuned model
 
     def encoder_folder(self, chain: Chain) -> Path:
         """Of the pre-training that the chain begins with, which may be another arm's."""
         return chain.folder.parents[1] / chain.recipe.encoder_arm / chain.folder.name
+
+    @contextlib.contextmanager
+    def _at_work(self, folder: Path):
+        """Alone in this folder: threads wait for each other, another process is an error."""
+        with self.working[folder], only_one(beside(folder, ".lock")) as lock:
+            yield lock
 
     def make_encoder(self, chain: Chain) -> tuple[Path | None, dict]:
         """The encoder's folder, None from scratch; and what it took."""
@@ -97,8 +109,7 @@ class Comparison:
 
     def finish(self, chain: Chain, size: str, encoder: Path | None, took: dict) -> None:
         """Go from an encoder, which took this, to a row for a label size."""
-        folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
-        with only_one(beside(folder, ".lock")) as lock:
+        with self._at_work(chain.model_folder(size)) as lock:
             start = encoder
             if chain.recipe.self_training is not None:
                 start, took = self._self_train(chain, size, encoder, took, lock)
@@ -134,14 +145,19 @@ class Comparison:
     def _self_train(self, chain: Chain, size: str, encoder: Path | None, took: dict, lock: int) -> tuple[Path, dict]:
         """A student, ready for its last fine-tuning, and what it took, pre-training included.
 
-        The first teacher is the encoder fine-tuned on the labels. In each round the teacher writes texts of the
-        unlabelled audio; the encoder, later the student before, learns from these and from the labels, and is the next
-        teacher."""
+        The first teacher is the model of the arm whose encoder it is, which is trained if it is not there. In each
+        round the teacher writes texts of the unlabelled audio; the encoder, later the student before, learns from these
+        and from the labels, and is the next teacher."""
         recipe, processes = chain.recipe, self.processes[chain.recipe.tier]
         own = recipe.self_training[size]
         of_size = f"-{chain.phase}-{size}-{recipe.finetuning_hash(size)}"
-        start, teacher = encoder, chain.folder / f"teacher{of_size}"
-        done = [self._train_recognizer(chain, size, encoder, teacher, lock)]
+        teaching = replace(recipe, arm=recipe.encoder_arm, self_training=None)
+        teaching = replace(chain, recipe=teaching, folder=self.encoder_folder(chain))
+        start, teacher = encoder, teaching.model_folder(size)
+        with self._at_work(teacher) as its_lock:
+            if not (teacher / "model.safetensors").is_file():  # deleted, as it was no teacher then
+                beside(teacher, ".json").unlink(missing_ok=True)
+            done = [self._train_recognizer(teaching, size, encoder, teacher, its_lock)]
         for number in range(1, own["rounds"] + 1):
             texts, student = (chain.folder / f"{kind}{number}{of_size}" for kind in ("pseudo_labels", "student"))
             options = {"model": str(teacher), "corpus": self.data[recipe.tier].same_language, "output_dir": str(texts)}
@@ -155,7 +171,7 @@ class Comparison:
             changes = {**own["student"], "pseudo_labels": [str(texts)]}
             done.append(self._train_recognizer(chain, size, start, student, lock, changes))
             shutil.rmtree(texts, ignore_errors=True)
-            if not self.config["keep_models"]:
+            if number > 1 and not self.config["keep_models"]:
                 (teacher / "model.safetensors").unlink(missing_ok=True)
             start = teacher = student
         return student, {name: value + sum(part.get(name) or 0 for part in done) for name, value in took.items()}
@@ -239,8 +255,7 @@ class Comparison:
         return self._train(chain, script, folder, options, lock)
 
     def _finetune(self, chain: Chain, size: str, encoder: Path | None, pretraining: dict, lock: int) -> None:
-        recipe = chain.recipe
-        folder = chain.folder / chain.run_name(size).rsplit("/", 1)[1]
+        recipe, folder = chain.recipe, chain.model_folder(size)
         labels = self.data[recipe.tier].labels(chain.phase, size, chain.seed)
         last = recipe.self_training and recipe.self_training[size]["last"]
         took = self._train_recognizer(chain, size, encoder, folder, lock, last)
@@ -289,7 +304,7 @@ class Comparison:
                 "finished": datetime.datetime.now(),
             }
         )
-        if not self.config["keep_models"]:
+        if not self.config["keep_models"] and not recipe.is_teacher:
             (folder / "model.safetensors").unlink()
 
     def _kept(self, chain: Chain, name: str, measure) -> float:

@@ -38,6 +38,7 @@ class Recipe:
         takes_whole_budget: whether it is fine-tuned for as long as others are pre-trained and fine-tuned.
         finetuning: options by label size.
         encoder_arm: the arm whose encoder it is: its own, but for arms with self-training.
+        is_teacher: whether self-trained arms begin with what it writes, so that its fine-tuned models are kept.
         self_training: `{"rounds", "student", "last"}` by label size, or None: options of fine-tuning on pseudo-labels
             and labels, and of the last fine-tuning, on labels alone.
     """
@@ -50,6 +51,7 @@ class Recipe:
     takes_whole_budget: bool
     finetuning: dict[str, dict]
     encoder_arm: str
+    is_teacher: bool
     self_training: dict[str, dict] | None = None
 
     @property
@@ -167,6 +169,11 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
             shared = {name: shared[name] for name in SHARED_WITH_PEER if name in shared}
         finetuning[size] = _merge(shared, *(_of_size(layer, "finetuning", size) for layer in of_arm))
     encoder = {} if stages else {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
+    teachers = {
+        _encoder_arm(config["arms"], name)
+        for name in config["arms"]
+        if "self_training" in _inherited(config["arms"], name)
+    }
     self_training = None
     if "self_training" in own:
         self_training = {size: _merge(*(_of_size(layer, "self_training", size) for layer in of_arm)) for size in sizes}
@@ -179,6 +186,7 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         takes_whole_budget=bool(own.get("whole_budget")),
         finetuning=finetuning,
         encoder_arm=_encoder_arm(config["arms"], arm),
+        is_teacher=arm in teachers,
         self_training=self_training,
     )
 
