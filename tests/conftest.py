@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 import torch
@@ -205,3 +207,36 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmarks"))
     names = ("tiers", "recipes", "processes", "chains", "comparison_report", "objectives", "peer", "few_shot")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A folder for the comparison, with the columns of the real one, of short clips of the embedded corpus."""
+    folder = tmp_path_factory.mktemp("shared")
+    clips = [row for row in load_corpus("demo").to_list() if 0.6 < row["duration"] < 2.0 and len(row["text"]) > 3][:80]
+
+    def write(name, rows, **columns):
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        table = {key: [row[key] for row in rows] for key in ("audio", "text")}
+        table["id"] = [f"{name}/{row['id']}" for row in rows]
+        table["speaker"] = [f"voice {number % 2}" for number in range(len(rows))]
+        table["duration"] = pyarrow.array([row["duration"] for row in rows], pyarrow.float32())
+        pyarrow.parquet.write_table(pyarrow.table(table | columns), file)
+
+    def phones(rows):
+        labels = [["pau", *(letter * 2 for letter in row["text"].lower() if letter.isalpha())] for row in rows]
+        ends = [
+            [row["duration"] * place / len(found) for place in range(1, len(found) + 1)]
+            for row, found in zip(rows, labels)
+        ]
+        return {"phones": labels, "phone_ends": ends}
+
+    write("pool/train-0.parquet", clips[:12], source=["festvox-ru"] * 8 + ["other"] + ["asterisk-core-sounds-fr"] * 3)
+    write("phones_ru/train.parquet", clips[:60], **phones(clips[:60]))
+    write("phones_ru/test.parquet", clips[60:64], **phones(clips[60:64]))
+    for name in ("prompts_en", "queen_en"):
+        write(f"{name}/train.parquet", clips[:20])
+        write(f"{name}/validation.parquet", clips[64:70])
+        write(f"{name}/test.parquet", clips[70:])
+    return folder
