@@ -9,6 +9,7 @@ and training with other units would be refused.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ from hf_speechcl.cards import CARD, CURVES  # noqa: E402
 from hf_speechcl.hub import CODE, STARTER, WEIGHTS, published_files  # noqa: E402
 
 LARGEST = 20e6  # bytes
+
+
+def of_the_package(card: str) -> str:
+    """A card whose examples load the model from the package."""
+    card = re.sub(r'\.from_pretrained\(".*?", trust_remote_code=True', '.from_pretrained(find_model("starter")', card)
+    imports = "from transformers import Auto"
+    return card.replace(imports, f"from hf_speechcl.hub import find_model\n{imports}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     (args.output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in CODE:
         (args.output_dir / name).unlink()
-    for name in (CARD, CURVES, "preprocessor_config.json"):
+    for name in (CURVES, "preprocessor_config.json"):
         shutil.copy(files[name], args.output_dir / name)
+    (args.output_dir / CARD).write_text(of_the_package(files[CARD].read_text(encoding="utf-8")), encoding="utf-8")
     if (size := (args.output_dir / WEIGHTS).stat().st_size) > LARGEST:
         raise ValueError(f"{args.output_dir / WEIGHTS} has {size / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f} MB")
     print(f"{args.output_dir}: {size / 1e6:.1f} MB")

@@ -22,7 +22,7 @@ def small_config(scripts, tmp_path, **changes):
         "intermediate_size": 64,
         "conv_dim": 16,
     }
-    config["arms"]["transformers_wav2vec2"]["pretraining"] = {"seconds": 0.1, "max_seconds_per_batch": 4, **sizes}
+    config["arms"]["transformers_wav2vec2"]["pretraining"] |= {"max_seconds_per_batch": 4, "bf16": False, **sizes}
     halves = [{"share": 0.5}, {"share": 0.5, "continues": True}]
     config["arms"]["best_rq_in_halves"] = {"like": "best_rq", "stages": halves}
     for arm in ("hubert", "hubert+best_rq", "hubert+best_rq_near", "hubert_2"):

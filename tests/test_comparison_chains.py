@@ -69,6 +69,27 @@ def test_seconds_of_a_resumed_run_are_in_proportion_to_its_updates(scripts, tmp_
     assert scripts.processes.train(None, "pretrain.py", tmp_path / "stage1", [], 5, 0) == took
 
 
+def test_a_run_killed_after_its_last_update_is_made_anew(scripts, tmp_path, caplog):
+    folder = tmp_path / "stage1"
+
+    class Resumed:
+        found = []
+
+        def run(self, script, argv, log_file, keep_open):
+            self.found.append(folder.is_dir())
+            folder.mkdir(exist_ok=True)
+            save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": []}))
+            return {"wall_seconds": 14.0, "cpu_seconds": 7.0}
+
+    (folder / "checkpoint-10").mkdir(parents=True)
+    (folder / "checkpoint-10/trainer_state.json").write_text("{}")
+    took = scripts.processes.train(Resumed(), "pretrain.py", folder, [], 5, 0)
+    assert Resumed.found == [True, False]
+    assert (took["cpu_seconds"], took["resumed"]) == (7.0, False)
+    assert "killed after its last update" in caplog.text
+
+
 # Whole chains
 
 
@@ -92,8 +113,12 @@ class FakeProcesses(dict):
         mains |= {"make_units.py": make_units, "make_pseudo_labels.py": make_pseudo_labels}
         mains["benchmarks/peer.py"] = self.scripts.peer.main
         mains["benchmarks/few_shot.py"] = self.scripts.few_shot.main
+        if "--seconds" in argv:
+            argv = [*argv]
+            argv[argv.index("--seconds") + 1] = "0.1"
         mains[script](argv)
-        return {"wall_seconds": 20.0, "cpu_seconds": 1.0 if script.startswith("make_") else 10.0}
+        seconds = 1.0 if script.startswith("make_") else 5.0 if "/denoising/" in " ".join(argv) else 10.0
+        return {"wall_seconds": 20.0, "cpu_seconds": seconds}
 
 
 def options_of(argv):
@@ -191,6 +216,8 @@ def test_chains_end_in_rows_and_a_report_and_are_not_run_again(compare, capsys):
     assert rows["scratch"]["updates"] == 0
     assert rows["scratch_whole"]["finetuning_updates"] == 5 + round(5 * (10 + 1) / 10)
     assert rows["transformers_wav2vec2"]["updates"] >= 1
+    (peer,) = [argv for script, argv in processes.calls if script == "benchmarks/peer.py" and argv[0] == "pretrain"]
+    assert float(options_of(peer)["seconds"]) == 10 + 1  # of the reference arm, with its units
     assert rows["log_mel"]["parameters"] < rows["scratch"]["parameters"]
     assert not list(compare.folder.glob("runs/**/checkpoint-*"))
     kept = [file.relative_to(compare.folder / "runs/T1") for file in compare.folder.glob("runs/**/model.safetensors")]
@@ -302,7 +329,7 @@ def test_equal_time_is_measured_in_rows_that_must_be_there(compare, caplog):
     assert compare("--arms", "denoising", "hubert+best_rq", "--labels", MINUTES)[1] == 0
     _, code = compare(*options, "--table", "time")
     assert code == 0
-    assert [row["updates"] for row in compare.rows() if row["table"] == "time"] == [2]
+    assert [row["updates"] for row in compare.rows() if row["table"] == "time"] == [round(2 * (10 + 1) / 5)]
     assert "another machine" not in caplog.text
 
 

@@ -6,6 +6,7 @@ import shutil
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from hf_speechcl import load_corpus
 from tests.comparison import MINUTES, YAML, small_config
@@ -69,7 +70,18 @@ def test_larger_tiers_take_their_audio_from_where_it_is(scripts, small_data, tmp
     tier = scripts.tiers.TierData("T3", small_data, tmp_path)
     assert tier.unlabelled == [str(small_data / name) for name in ("pool", "prompts_en", "queen_en")]
     assert tier.labels("final", "all", 0).corpus == str(small_data / "queen_en")
-    assert not (tmp_path / "T3").exists()
+    assert [file.name for file in (tmp_path / "T3").iterdir()] == ["made_of.json"]
+
+
+def test_a_folder_made_of_other_data_is_refused(scripts, small_data, tmp_path):
+    other = shutil.copytree(small_data, tmp_path / "other")
+    scripts.tiers.TierData("T2", small_data, tmp_path / "made")
+    scripts.tiers.TierData("T2", shutil.copytree(small_data, tmp_path / "same"), tmp_path / "made")
+    pyarrow.parquet.write_table(
+        pyarrow.parquet.read_table(other / "prompts_en/train.parquet")[:5], other / "prompts_en/train.parquet"
+    )
+    with pytest.raises(FileExistsError, match="T2 was made of other data than .*other has now: give another --output"):
+        scripts.tiers.TierData("T2", other, tmp_path / "made")
 
 
 def test_audio_like_that_of_the_labels(scripts, small_data, tmp_path):
@@ -200,8 +212,65 @@ def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
         small_config(scripts, tmp_path, reference_arm="y")
 
 
+def test_what_is_missing_or_goes_round_is_refused(scripts, tmp_path):
+    config = yaml.safe_load(YAML.read_text())
+    file = tmp_path / "wrong.yaml"
+
+    def read(changed):
+        file.write_text(yaml.safe_dump(changed))
+        scripts.recipes.read_config(file)
+
+    with pytest.raises(ValueError, match="wrong.yaml: expected KEY: VALUE lines, found str"):
+        read("nothing")
+    for name in ("tiers", "quick", "save_steps"):
+        with pytest.raises(ValueError, match=f"wrong.yaml: {name} is missing"):
+            read({key: value for key, value in config.items() if key != name})
+    tier = {key: value for key, value in config["tiers"]["T1"].items() if key != "scores"}
+    with pytest.raises(ValueError, match="tiers.T1: scores is missing"):
+        read(config | {"tiers": {"T1": tier}})
+    with pytest.raises(ValueError, match="quick: phase, seeds is missing"):
+        read(config | {"quick": {"tier": "T1", "labels": [10], "arms": []}})
+    with pytest.raises(ValueError, match="arms.x.like: it goes round in a circle, x, y, x"):
+        read(config | {"arms": {"x": {"like": "y"}, "y": {"like": "x"}}})
+    with pytest.raises(ValueError, match="arms.y.like: there is no arm 'z'"):
+        read(config | {"arms": {"x": {"like": "y"}, "y": {"like": "z"}}})
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"pretraining": {"learnin_rate": 1}}, "x in T1: pretraining has no option learnin_rate"),
+        ({"finetuning": {"learnin_rate": 1}}, "x in T1: finetuning has no option learnin_rate"),
+        ({"finetuning": {"seed": 1}}, "x in T1: finetuning may not say seed, which the comparison sets"),
+        ({"pretraining": {"units": "mine"}}, "x in T1: pretraining may not say units"),
+        ({"peer": True, "pretraining": {"mask_prob": 0.5}}, "x in T1: pretraining has no option mask_prob"),
+        (
+            {"like": "best_rq", "self_training": {"rounds": 1, "student": {"max_step": 1}, "last": {}}},
+            "x in T1, self_training.student: finetuning has no option max_step",
+        ),
+    ],
+)
+def test_options_that_no_script_has_are_refused_before_anything_is_trained(scripts, tmp_path, arm, message):
+    config = yaml.safe_load(YAML.read_text())
+    config["arms"]["x"] = arm
+    with pytest.raises(ValueError, match=message):
+        scripts.recipes.build_recipe(config, "T1", "x", ["3"])
+
+
+def test_quick_run_is_as_its_section_says_but_for_what_is_given(scripts, tmp_path):
+    config = scripts.recipes.read_config(YAML)
+    quick = config["quick"]
+    chains = plan(scripts, config, tmp_path, quick=True)
+    assert {(chain.recipe.tier, chain.seed, chain.phase) for chain in chains} == {("T1", 0, "dev")}
+    assert [chain.recipe.arm for chain in chains] == quick["arms"]
+    assert {size for chain in chains for size in chain.sizes} == {"10"}
+    given = plan(scripts, config, tmp_path, quick=True, seeds=[1, 2], labels=["3"], arms=["best_rq"], phase="final")
+    assert [(chain.seed, chain.sizes, chain.phase) for chain in given] == [(1, ["3"], "final"), (2, ["3"], "final")]
+    assert given[0].recipe.updates == quick["pretraining"]["max_steps"]
+
+
 def plan(scripts, config, tmp_path, rows=(), **options):
-    args = scripts.objectives.ComparisonArguments(**options)
+    args = scripts.objectives.complete(scripts.objectives.ComparisonArguments(**options), config)
     return scripts.objectives.plan(args, config, list(rows), tmp_path / "out")
 
 

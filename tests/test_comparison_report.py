@@ -85,6 +85,26 @@ def test_report_says_mean_spread_reduction_and_what_does_not_count(scripts, tmp_
     assert "Run on a machine. Commits abc, def." in text
 
 
+def test_changes_say_when_their_baseline_or_their_seeds_are_fewer(scripts, tmp_path):
+    config, falls = scripts.recipes.read_config(YAML), {"loss_last": 0.5}
+    rows = [
+        make_row("scratch", 0, "3", [4, 4], [10, 10], **falls),
+        make_row("scratch", 0, "all", [1, 1], [10, 10]),
+        make_row("scratch_whole", 0, "3", [5, 5], [10, 10]),
+        make_row("best_rq", 0, "3", [2, 2], [10, 10]),
+        make_row("best_rq", 1, "3", [2, 2], [10, 10]),
+        make_row("hubert+best_rq_fourfold", 0, "3", [2, 2], [10, 10]),
+        make_row("transformers_wav2vec2", 0, "3", [5, 5], [10, 10]),
+    ]
+    report = scripts.comparison_report.write_report(rows, config, tmp_path)
+    change = "−50% [−50, −50] (n=1) †; whole −60% [−60, −60] (n=1)"
+    assert f"| best_rq | 20.0% ± 0.0 (n=2); {change} |" in report
+    assert "| scratch_whole ‡ | 50.0% (n=1) |" in report
+    assert "| hubert+best_rq_fourfold ‡ | 20.0% (n=1); −50% [−50, −50] † |" in report
+    assert "| transformers_wav2vec2 ‡ | 50.0% (n=1); +25% [+25, +25] †; whole +0% [+0, +0] |" in report
+    assert "| arm | its labels | scratch † needs | times |" in report
+
+
 def test_convergence_is_not_asked_of_a_short_last_training(scripts, tmp_path):
     config, falls = scripts.recipes.read_config(YAML), {"loss_last": 0.5}
     trained = json.dumps({"self_training": {"rounds": 2}})

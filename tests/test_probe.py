@@ -385,7 +385,7 @@ def test_best_checkpoint_by_the_probe_on_two_processes(tmp_path, phones):
     ("options", "message"),
     [
         (["--probe_corpus", "demo"], "demo has no column 'phones' and 'phone_ends'"),
-        (["--probe_corpus", "PHONES", "--probe_layers", "3"], "layer must be between 0 and 2, found 3"),
+        (["--probe_corpus", "PHONES", "--probe_layers", "3"], "probe_layers must be between 0 and 2, found 3"),
         (["--probe_corpus", "PHONES", "--probe_split", "test"], "has no split 'test'"),
         (["--probe_corpus", "PHONES", "--phones_column", "words"], "has no column 'words'"),
     ],
@@ -400,10 +400,17 @@ def test_run_refuses_a_probe_that_cannot_be_before_it_reads_the_corpus(options, 
         pretrain([*RUN, *options, "--output_dir", str(tmp_path / "run")])
 
 
-def test_layers_without_clips_to_measure_them_are_refused(capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--probe_layers", "1"], "probe_layers are for the clips of probe_corpus"),
+        (["--probe_corpus", "demo", "--probe_clips", "1"], "probe_clips must be 2 at least"),
+    ],
+)
+def test_wrong_options_of_the_probe_end_the_program(options, message, capsys):
     with pytest.raises(SystemExit):
-        pretrain([*RUN, "--probe_layers", "1"])
-    assert "probe_layers are for the clips of probe_corpus" in capsys.readouterr().err
+        pretrain([*RUN, *options])
+    assert message in capsys.readouterr().err
 
 
 def test_lists_of_a_corpus_come_as_lists(phones):

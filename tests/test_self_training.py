@@ -267,6 +267,16 @@ def test_pseudo_labels_are_learnt_from_beside_the_corpus(trained, clips, tmp_pat
     assert true.split("|")[3].strip() == str(len(train) - len(left_out) + 1)
 
 
+def test_recordings_are_known_where_sources_have_the_same_ids(teacher, audio, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    soundfile.write(other / "0.wav", np.zeros(RATE, np.float32) + 0.1, RATE)
+    both = make(teacher, audio, tmp_path / "pseudo", "--corpus", str(audio), str(other))
+    assert sorted(row["id"] for row in both)[:2] == ["0.wav#0", "0.wav#5"]
+    new = pseudo_labels.load_pseudo_labels([PseudoLabels.load(tmp_path / "pseudo")], load_corpus(str(audio)))
+    assert new["id"] == ["pseudo/0.wav#5"]
+
+
 @pytest.mark.parametrize(
     ("description", "text", "error", "message"),
     [

@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import re
 import sys
 
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -33,6 +35,17 @@ def test_starter_is_small_and_has_a_card_that_names_its_data():
         assert source in card
 
 
+def test_examples_of_the_card_run(clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("speech.wav", clips[1], 16000)
+    features, recognizer = re.findall(r"```python\n(.*?)```", (STARTER / "README.md").read_text("utf-8"), re.DOTALL)
+    found: dict = {}
+    exec(features, found)
+    assert found["features"].shape[::2] == (1, 256)
+    exec(recognizer, found)
+    assert found["model"].config.vocab_size == 32
+
+
 def test_a_folder_of_that_name_goes_before_the_package(tmp_path, monkeypatch):
     (tmp_path / "starter").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -57,6 +70,9 @@ def test_packing_rounds_the_weights_and_nothing_else(pack_starter, tmp_path, cap
     pretrain([*FAST_RUN, "--max_steps", "1", "--encoder_options", *TINY_OPTIONS, "--output_dir", str(folder)])
     pack_starter([str(folder), "--output_dir", str(packed)])
     assert "MB" in capsys.readouterr().out
+    card = (packed / "README.md").read_text(encoding="utf-8")
+    assert 'AutoModel.from_pretrained(find_model("starter"))' in card
+    assert "trust_remote_code" not in card
     before, after = (load_file(path / "model.safetensors") for path in (folder, packed))
     buffers = {name for name in before if "quantizer" in name}
     assert buffers

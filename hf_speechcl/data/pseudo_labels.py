@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +99,9 @@ class PseudoLabels:
 
 
 def recording_key(id: str, seconds: float) -> str:
-    """What a recording is known by in other sources: its id and, as ids such as 001.wav are often used, its length."""
-    return f"{id} {seconds:.2f}"
+    """What a recording is known by in other sources: its id, without the numbers that `load_corpus` adds where two have
+    the same, and, as ids such as 001.wav are often used, its length."""
+    return f"{re.sub(r'(#[0-9]+)+$', '', id)} {seconds:.2f}"
 
 
 def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> int:

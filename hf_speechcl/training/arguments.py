@@ -105,6 +105,8 @@ class ProbeArguments:
     def __post_init__(self):
         if self.probe_layers and not self.probe_corpus:
             raise ValueError("probe_layers are for the clips of probe_corpus: name one, or leave them out")
+        if self.probe_clips < 2:
+            raise ValueError(f"probe_clips must be 2 at least, to fit on and to test on, found {self.probe_clips}")
 
 
 @dataclass

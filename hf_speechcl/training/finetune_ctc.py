@@ -105,6 +105,9 @@ class CTCDataArguments(RegularizationArguments, CorpusArguments):
             )
 
 
+ARGUMENTS = (FineTuningModelArguments, CTCDataArguments, CTCTrainingArguments)
+
+
 def text_policy(data_args: CTCDataArguments, config: SpeechCLConfig) -> TextPolicy:
     """What the options say, over what the recogniser that is fine-tuned further was trained with, over the defaults."""
     options = {
@@ -239,9 +242,7 @@ def write_recognizer_card(
 
 @leaves_launch
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_arguments(
-        [FineTuningModelArguments, CTCDataArguments, CTCTrainingArguments], DESCRIPTION, argv
-    )
+    model_args, data_args, args = parse_arguments(ARGUMENTS, DESCRIPTION, argv)
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     config = load_config(model_args)

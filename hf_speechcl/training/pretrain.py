@@ -45,6 +45,7 @@ from .trainer import find_checkpoint, finish_run, keep_options, prepare_to_push
 
 logger = logging.getLogger(__name__)
 
+ARGUMENTS = (PretrainingModelArguments, PretrainingDataArguments, ProbeArguments, SpeechTrainingArguments)
 DESCRIPTION = """Pre-train a SpeechCL encoder on speech without transcripts.
 
   The embedded corpus, on a CPU:
@@ -228,7 +229,10 @@ def load_probe(
     """The clips and the layers that the options of the probe ask for; None without its corpus."""
     if not probe_args.probe_corpus:
         return None
-    layers = probe_args.probe_layers or [round(2 / 3 * model.config.num_hidden_layers)]
+    last = model.config.num_hidden_layers
+    layers = probe_args.probe_layers or [round(2 / 3 * last)]
+    if wrong := [layer for layer in layers if not 0 <= layer <= last]:
+        raise ValueError(f"probe_layers must be between 0 and {last}, found {', '.join(map(str, wrong))}")
     features = HiddenStates(model.speechcl, layers, sampling_rate=model.config.sampling_rate)
     columns = {"audio_column": audio_column}
     columns |= {name: getattr(probe_args, name) for name in ("phones_column", "phone_ends_column")}
@@ -303,11 +307,7 @@ def build_trainer(
 
 @leaves_launch
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, probe_args, args = parse_arguments(
-        [PretrainingModelArguments, PretrainingDataArguments, ProbeArguments, SpeechTrainingArguments],
-        DESCRIPTION,
-        argv,
-    )
+    model_args, data_args, probe_args, args = parse_arguments(ARGUMENTS, DESCRIPTION, argv)
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     trainer = build_trainer(model_args, data_args, args, checkpoint, probe_args)

@@ -305,7 +305,7 @@ class Comparison:
             }
         )
         if not self.config["keep_models"] and not recipe.is_teacher:
-            (folder / "model.safetensors").unlink()
+            (folder / "model.safetensors").unlink(missing_ok=True)
 
     def _kept(self, chain: Chain, name: str, measure) -> float:
         """A number measured once for a chain, which stays what it was then."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from recipes import clock_of, of_own_length, same_in_both_tables
+from recipes import clock_of, measured_in_time, of_own_length, same_in_both_tables
 
 from hf_speechcl.evaluation.asr import bootstrap_interval, resample
 from hf_speechcl.machine import machine_of
@@ -143,8 +143,10 @@ def sizes_of(cells: Cells) -> list[str]:
     return sorted(minutes, key=minutes.get)
 
 
-def error_table(cells: Cells, own_length: set[str]) -> list[str]:
+def error_table(cells: Cells, config: dict) -> list[str]:
     """Rows of arms, columns of label sizes; arms of a length of their own are marked."""
+    own_length = of_own_length(config)
+    marked = own_length | measured_in_time(config)
     sizes = sizes_of(cells)
     best = {size: min(own[size].mean for own in cells.values() if size in own) for size in sizes}
     minutes = {size: next(own[size].minutes for own in cells.values() if size in own) for size in sizes}
@@ -162,10 +164,14 @@ def error_table(cells: Cells, own_length: set[str]) -> list[str]:
             text += "" if cell.has_converged and best[size] < USEFUL else " †"
             for name, sign in zip(BASELINES, ("", "whole ")):
                 baseline = cells.get(name, {}).get(size)
-                if baseline is not None and arm not in BASELINES and (found := relative_reduction(cell, baseline)):
+                if baseline is None or arm in BASELINES or (name == "scratch_whole" and arm in own_length):
+                    continue
+                if found := relative_reduction(cell, baseline):
                     text += f"; {sign}{describe_reduction(found)}"
+                    text += "" if found["seeds"] == len(cell.rows) else f" (n={found['seeds']})"
+                    text += "" if baseline.has_converged else " †"
             shown.append(text)
-        lines.append(f"| {arm}{' ‡' if arm in own_length else ''} | " + " | ".join(shown) + " |")
+        lines.append(f"| {arm}{' ‡' if arm in marked else ''} | " + " | ".join(shown) + " |")
     return lines
 
 
@@ -221,7 +227,8 @@ def needed_table(cells: Cells) -> list[str]:
     if len(cells.get("scratch", {})) < 2:
         return []
     curve = [(cell.minutes, cell.mean) for cell in cells["scratch"].values()]
-    lines = ["| arm | its labels | scratch needs | times |", "|---|---|---|---|"]
+    mark = "" if all(cell.has_converged for cell in cells["scratch"].values()) else " †"
+    lines = [f"| arm | its labels | scratch{mark} needs | times |", "|---|---|---|---|"]
     for arm, own in cells.items():
         if arm not in BASELINES:
             cell = min(own.values(), key=lambda cell: cell.minutes)
@@ -295,7 +302,7 @@ def write_report(rows: list[dict], config: dict, folder: Path) -> str:
         for score in scores:
             cells = collect(rows, config, tier, phase, table, score)
             name = NAMES.get((tier, score), score.upper())
-            parts += ["\n".join([f"**{name[0].upper()}{name[1:]}**", "", *error_table(cells, of_own_length(config))])]
+            parts += ["\n".join([f"**{name[0].upper()}{name[1:]}**", "", *error_table(cells, config)])]
             if needed := needed_table(cells):
                 parts.append("\n".join(["Labels that scratch needs for the same error:", "", *needed]))
             files = plot(cells, f"{name}, {scored}", clock, folder, f"{tier}_{phase}_{table}_{score}")
@@ -304,10 +311,11 @@ def write_report(rows: list[dict], config: dict, folder: Path) -> str:
         parts.append(f"Run on {describe_runs(cells)}.")
     if found:
         parts.append(
-            "Mean over n seeds ± standard deviation; change of the error against scratch (and against scratch with the "
-            "whole budget) in percent of it, with paired bootstrap 95% intervals over clips. † does not count: "
-            f"fine-tuning had not converged, or the best arm's error is {USEFUL:.0%} or more. ‡ of a length of its "
-            "own, not with as many updates as the others; of self-trained arms convergence is not judged."
+            "Mean over n seeds ± standard deviation; change of the error against scratch (and, of arms as long as the "
+            "reference arm, against scratch with the whole budget) in percent of it, with paired bootstrap 95% "
+            "intervals over clips. † does not count: fine-tuning had not converged (behind a change: that of scratch), "
+            f"or the best arm's error is {USEFUL:.0%} or more. ‡ of a length of its own, not with as many updates as "
+            "the others; of self-trained arms convergence is not judged."
         )
     else:
         parts.append("No run is finished.")

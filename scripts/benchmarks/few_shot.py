@@ -106,15 +106,14 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = SpeechCLConfig.from_pretrained(args.models[0])
+    classifiers = {name: PrototypicalClassifier(name, args.layer, args.projector) for name in args.models}
+    for name, classifier in classifiers.items():
+        if classifier.sampling_rate != config.sampling_rate:
+            raise ValueError(f"{name} takes {classifier.sampling_rate} Hz, {args.models[0]} {config.sampling_rate} Hz")
     waveforms, labels, groups = load_clips(args, config.sampling_rate)
     sampler = EpisodeSampler(labels, args.n_way, args.k_shot, args.n_query, args.min_clips, groups)
 
-    results = {}
-    for name in args.models:
-        classifier = PrototypicalClassifier(name, args.layer, args.projector)
-        if classifier.sampling_rate != config.sampling_rate:
-            raise ValueError(f"{name} takes {classifier.sampling_rate} Hz, {args.models[0]} {config.sampling_rate} Hz")
-        results[name] = classifier.prototypes, classifier.embed(waveforms)
+    results = {name: (model.prototypes, model.embed(waveforms)) for name, model in classifiers.items()}
     for seed in range(args.seed, args.seed + UNTRAINED):
         torch.manual_seed(seed)
         untrained = PrototypicalClassifier(SpeechCLModel(config), args.layer)

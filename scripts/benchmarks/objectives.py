@@ -45,23 +45,35 @@ class ComparisonArguments:
     config: str = option(str(HERE / "objectives.yaml"), "YAML file with tiers, arms and their options.")
     data: str = option("../shared/data", "Folder with pool, phones_ru, prompts_en and queen_en.")
     output_dir: str = option("runs/objectives", "Folder for everything; with quick its sub-folder quick.")
-    tiers: list[str] = option(["T1"], "Of those in the YAML.")
+    tiers: list[str] = option([], "Of those in the YAML; T1 if not given.")
     arms: list[str] = option([], "Of those in the YAML; all if not given.")
-    seeds: list[int] = option([0], "Of initialisation, batches and labelled clips.")
-    phase: str = option("final", "dev: development labels, scored on validation; final: scored on test.")
+    seeds: list[int] = option([], "Of initialisation, batches and labelled clips; 0 if not given.")
+    phase: str | None = option(
+        None, "dev: development labels, scored on validation; final, if not given: scored on test."
+    )
     labels: list[str] = option([], "Label sizes of the phase, in minutes, or all; those in the YAML if not given.")
     table: str = option("updates", "updates: as many for every arm; time: as long as the reference arm is trained.")
     jobs: int = option(1, "Runs side by side, each with the threads of its tier.")
-    quick: bool = option(False, "The quick section of the YAML.")
+    quick: bool = option(False, "The quick section of the YAML, for what is not given, and its updates.")
     dry_run: bool = option(False, "Print what would be run, and end.")
     report_only: bool = option(False, "Write the report of what is there, and end.")
 
     def __post_init__(self):
         for name, known in (("phase", PHASES), ("table", TABLES)):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in (*known, None):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
         if self.jobs < 1:
             raise ValueError(f"jobs must be positive, found {self.jobs}")
+
+
+def complete(args: ComparisonArguments, config: dict) -> ComparisonArguments:
+    """With what was not given: as the quick section says, if that is asked for, or the first tier on test."""
+    found = {"tiers": ["T1"], "seeds": [0], "phase": "final"}
+    if args.quick:
+        quick = config["quick"]
+        found = {name: quick[name] for name in ("seeds", "phase", "arms")} | {"tiers": [quick["tier"]]}
+        found["labels"] = list(map(str, quick["labels"]))
+    return replace(args, **{name: value for name, value in found.items() if not getattr(args, name)})
 
 
 def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path) -> list[Chain]:
@@ -151,10 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     config, output = read_config(Path(args.config)), Path(args.output_dir)
+    args = complete(args, config)
     if args.quick:
-        quick, output = config["quick"], output / "quick"
-        args = replace(args, tiers=[quick["tier"]], seeds=quick["seeds"], phase=quick["phase"])
-        args = replace(args, arms=args.arms or quick["arms"], labels=[str(size) for size in quick["labels"]])
+        output = output / "quick"
     results = Results(output / "results.parquet")
     failed = 0
     if not args.report_only:

@@ -79,6 +79,10 @@ class PeerDataArguments(CorpusArguments):
     max_seconds: float = option(30.0, "Longer clips are left out.")
 
 
+PRETRAINING_ARGUMENTS = (PeerArguments,)
+FINETUNING_ARGUMENTS = (PeerModelArguments, PeerDataArguments, CTCTrainingArguments)
+
+
 def build_model(args: PeerArguments) -> Wav2Vec2ForPreTraining:
     """A new model: the layer-norm variant, which transformers can pre-train, with the dropout of wav2vec 2.0 Base."""
     config = Wav2Vec2Config(
@@ -245,7 +249,7 @@ def load_corpora(args: CorpusArguments, **columns) -> tuple:
 
 
 def pretrain(argv: list[str]) -> None:
-    (args,) = parse_arguments([PeerArguments], DESCRIPTION, argv)
+    (args,) = parse_arguments(PRETRAINING_ARGUMENTS, DESCRIPTION, argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     train, _ = load_corpora(args)
@@ -271,9 +275,7 @@ class PeerTrainer(CTCTrainer):
 
 
 def finetune(argv: list[str]) -> None:
-    model_args, data_args, args = parse_arguments(
-        [PeerModelArguments, PeerDataArguments, CTCTrainingArguments], DESCRIPTION, argv
-    )
+    model_args, data_args, args = parse_arguments(FINETUNING_ARGUMENTS, DESCRIPTION, argv)
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     keep_options(args, checkpoint, model_args, data_args)

@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     layers = None if args.layers == ["all"] else [int(layer) for layer in args.layers]
-    first = HiddenStates.load(args.models[0], layers, args.device)
+    models = {name: HiddenStates.load(name, layers, args.device) for name in args.models}
+    first = models[args.models[0]]
     columns = {name: getattr(args, name) for name in vars(args) if name.endswith("_column")}
     options = {
         name: getattr(args, name) for name in ("max_frames", "same_context", "min_tokens", "max_triples", "leave_out")
@@ -95,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(args.seed, args.seed + UNTRAINED):
         found = probe.measure(untrained_like(first, seed))
         results[f"untrained encoder, seed {seed}"] = dict(zip(map(str, first.layers), found))
-    for number, name in enumerate(args.models):
-        model = HiddenStates.load(name, layers, args.device) if number else first
+    for name, model in models.items():
         results[name] = dict(zip(map(str, model.layers), probe.measure(model)))
 
     log_mel = results["log-mel"]["-"]

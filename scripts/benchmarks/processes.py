@@ -144,7 +144,8 @@ def only_one(lock: Path):
 def train(processes: Processes, script: str, folder: Path, argv: list[str], save_steps: int, keep_open: int) -> dict:
     """Train into `folder`, from the last checkpoint if there is one; what it took is kept in a file beside it.
 
-    A resumed run's seconds are those of its last process, in proportion to the updates that this one made.
+    A resumed run's seconds are those of its last process, in proportion to the updates that this one made; where it
+    made none, as the run was killed after its last update, it is made anew.
 
     Returns:
         `wall_seconds`, `cpu_seconds`, `updates`, `audio_hours`, `loss_before`, `loss_last`, `parameters`, `resumed`.
@@ -165,12 +166,15 @@ def _train(processes, script, folder, argv, save_steps, keep_open) -> dict:
     )
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     updates, log = state["global_step"], state["log_history"]
-    scale = updates / (updates - resumed_at) if resumed_at < updates else float("nan")
+    if resumed_at >= updates:
+        logger.warning("%s was killed after its last update, so nobody knows how long it took: it is made anew", folder)
+        shutil.rmtree(folder)
+        return _train(processes, script, folder, argv, save_steps, keep_open)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     before, last = losses_at_the_end(log, updates)
     return {
-        **{name: seconds * scale for name, seconds in took.items()},
+        **{name: seconds * updates / (updates - resumed_at) for name, seconds in took.items()},
         "updates": updates,
         "audio_hours": max((entry["audio_hours"] for entry in log if "audio_hours" in entry), default=None),
         "loss_before": before,

@@ -3,11 +3,14 @@
 import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import peer
 import yaml
 from tiers import PHASES, TIERS
+
+from hf_speechcl.training import finetune_ctc, pretrain
 
 # Options of fine-tuning that the peer shares with all arms; the others are of SpeechCL, or its own.
 SHARED_WITH_PEER = ("max_steps", "max_seconds_per_batch", "bf16")
@@ -22,6 +25,19 @@ KEYS = {
     "self_training": {"rounds", "student", "last"},
     "stage": {"units", "share", "continues", "near", "pretraining"},
     "quick": {"tier", "seeds", "phase", "labels", "arms", "pretraining", "finetuning"},
+}
+
+# Options that the comparison sets, so that the YAML may not.
+SET_HERE = {
+    "pretraining": {"corpus", "units", "probe_corpus"},
+    "finetuning": {"corpus", "model", "pseudo_labels", "load_best_model_at_end"},
+}
+SET_IN_BOTH = {"seed", "output_dir", "use_cpu", "save_steps", "logging_steps", "eval_strategy", "disable_tqdm"}
+SET_IN_BOTH |= {"report_to", "resume_from_checkpoint"}
+NEEDED = {
+    "config": KEYS["config"] - TRAININGS,
+    "tier": KEYS["tier"] - TRAININGS,
+    "quick": {"tier", "seeds", "phase", "labels", "arms"},
 }
 
 
@@ -84,10 +100,14 @@ def read_config(file: Path) -> dict:
     """The YAML, its names checked.
 
     Raises:
-        ValueError: an unknown key, tier, arm or label size, or one that is missing; says where.
+        ValueError: an unknown key, option, tier, arm or label size, or one that is missing; says where.
     """
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected KEY: VALUE lines, found {type(config).__name__}")
     _check(config, "config", str(file))
+    for name in config["arms"]:
+        _check_line(config["arms"], name)
     sizes = {}
     for name, tier in config["tiers"].items():
         _check(tier, "tier", f"tiers.{name}")
@@ -107,8 +127,6 @@ def read_config(file: Path) -> dict:
                 raise ValueError(f"arms.{name}.tiers: there is no tier {tier!r}")
             _check(changes, "arm in a tier", f"arms.{name}.tiers.{tier}")
             _check_by_labels(changes, f"arms.{name}.tiers.{tier}", sizes[tier])
-        if arm.get("like") is not None and arm["like"] not in config["arms"]:
-            raise ValueError(f"arms.{name}.like: there is no arm {arm['like']!r}")
     for name, arm in config["arms"].items():
         own = _inherited(config["arms"], name)
         parts = own.get("self_training")
@@ -128,6 +146,19 @@ def read_config(file: Path) -> dict:
 def _check(found: dict, kind: str, where: str) -> None:
     if unknown := sorted(set(found) - KEYS[kind]):
         raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected {', '.join(sorted(KEYS[kind]))}")
+    if missing := sorted(NEEDED.get(kind, set()) - set(found)):
+        raise ValueError(f"{where}: {', '.join(missing)} is missing")
+
+
+def _check_line(arms: dict[str, dict], name: str) -> None:
+    """That the arms which an arm is like are there and end in one that is like none."""
+    line = [name]
+    while (like := arms[line[-1]].get("like")) is not None:
+        if like not in arms:
+            raise ValueError(f"arms.{line[-1]}.like: there is no arm {like!r}")
+        if like in line:
+            raise ValueError(f"arms.{name}.like: it goes round in a circle, {', '.join([*line, like])}")
+        line.append(like)
 
 
 def _check_by_labels(layer: dict, where: str, sizes: set[str]) -> None:
@@ -145,7 +176,11 @@ def _check_by_labels(layer: dict, where: str, sizes: set[str]) -> None:
 
 def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: bool = False) -> Recipe:
     """Options of one arm, later ones over earlier ones: of all, of the tier, of the arm (after the arm that it is
-    like), of the arm in this tier; with `quick` those of the quick run last. By label size within each."""
+    like), of the arm in this tier; with `quick` those of the quick run last. By label size within each.
+
+    Raises:
+        ValueError: an option that the script does not have, or that the comparison sets; says where.
+    """
     own = _inherited(config["arms"], arm)
     is_peer = bool(own.get("peer"))
     if is_peer and quick:
@@ -177,6 +212,13 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
     self_training = None
     if "self_training" in own:
         self_training = {size: _merge(*(_of_size(layer, "self_training", size) for layer in of_arm)) for size in sizes}
+    for stage in stages:
+        _check_options(stage["pretraining"], "pretraining", is_peer, f"{arm} in {tier}")
+    for options in finetuning.values():
+        _check_options(options, "finetuning", is_peer, f"{arm} in {tier}")
+    for parts in (self_training or {}).values():
+        for part in ("student", "last"):
+            _check_options(parts[part], "finetuning", is_peer, f"{arm} in {tier}, self_training.{part}")
     return Recipe(
         tier,
         arm,
@@ -189,6 +231,17 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         is_teacher=arm in teachers,
         self_training=self_training,
     )
+
+
+def _check_options(options: dict, kind: str, is_peer: bool, where: str) -> None:
+    """That a script has these options, and that they are not set here, before anything is trained."""
+    own = {"pretraining": pretrain.ARGUMENTS, "finetuning": finetune_ctc.ARGUMENTS}
+    of_peer = {"pretraining": peer.PRETRAINING_ARGUMENTS, "finetuning": peer.FINETUNING_ARGUMENTS}
+    known = {field.name for part in (of_peer if is_peer else own)[kind] for field in fields(part) if field.init}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"{where}: {kind} has no option {', '.join(unknown)}")
+    if set_here := sorted(set(options) & (SET_HERE[kind] | SET_IN_BOTH)):
+        raise ValueError(f"{where}: {kind} may not say {', '.join(set_here)}, which the comparison sets")
 
 
 def _encoder_arm(arms: dict[str, dict], name: str) -> str:
@@ -223,6 +276,12 @@ def of_own_length(config: dict) -> set[str]:
         return "self_training" in arm or abs(sum(shares) - 1) > 1e-6
 
     return {name for name in config["arms"] if has_own_length(_inherited(config["arms"], name))}
+
+
+def measured_in_time(config: dict) -> set[str]:
+    """Arms whose length is the time that others took: the peer, and scratch with the whole budget."""
+    own = {name: _inherited(config["arms"], name) for name in config["arms"]}
+    return {name for name, arm in own.items() if arm.get("peer") or arm.get("whole_budget")}
 
 
 def _inherited(arms: dict[str, dict], name: str) -> dict:
