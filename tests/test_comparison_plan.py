@@ -232,6 +232,8 @@ def test_what_is_missing_or_goes_round_is_refused(scripts, tmp_path):
         read(config | {"quick": {"tier": "T1", "labels": [10], "arms": []}})
     with pytest.raises(ValueError, match="arms.x.like: it goes round in a circle, x, y, x"):
         read(config | {"arms": {"x": {"like": "y"}, "y": {"like": "x"}}})
+    with pytest.raises(ValueError, match="arms.scratch.whole_budget: there is no arm 'z'"):
+        read(config | {"arms": {**config["arms"], "scratch": {"whole_budget": "z"}}})
     with pytest.raises(ValueError, match="arms.y.like: there is no arm 'z'"):
         read(config | {"arms": {"x": {"like": "y"}, "y": {"like": "z"}}})
 
@@ -291,7 +293,7 @@ def test_plan_leaves_out_what_has_a_row_and_makes_what_changed_anew(scripts, tmp
 def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_path):
     config, _ = small_config(scripts, tmp_path)
     arms = {chain.recipe.arm for chain in plan(scripts, config, tmp_path, table="time")}
-    without_pretraining = {"scratch", "scratch_whole", "frozen_random", "log_mel"}
+    without_pretraining = {"scratch", "scratch_whole", "scratch_whole_self_trained", "frozen_random", "log_mel"}
     same = {"hubert+best_rq", "transformers_wav2vec2"}
     of_own_length = {"hubert+best_rq_quarter", "hubert+best_rq_fourfold", "hubert+best_rq_near"}
     of_own_length |= {"hubert+best_rq_self_trained", "scratch_self_trained"}

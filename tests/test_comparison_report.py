@@ -94,6 +94,8 @@ def test_changes_say_when_their_baseline_or_their_seeds_are_fewer(scripts, tmp_p
         make_row("best_rq", 0, "3", [2, 2], [10, 10]),
         make_row("best_rq", 1, "3", [2, 2], [10, 10]),
         make_row("hubert+best_rq_fourfold", 0, "3", [2, 2], [10, 10]),
+        make_row("hubert+best_rq_self_trained", 0, "3", [2, 2], [10, 10]),
+        make_row("scratch_whole_self_trained", 0, "3", [8, 8], [10, 10]),
         make_row("transformers_wav2vec2", 0, "3", [5, 5], [10, 10]),
     ]
     report = scripts.comparison_report.write_report(rows, config, tmp_path)
@@ -101,6 +103,9 @@ def test_changes_say_when_their_baseline_or_their_seeds_are_fewer(scripts, tmp_p
     assert f"| best_rq | 20.0% ± 0.0 (n=2); {change} |" in report
     assert "| scratch_whole ‡ | 50.0% (n=1) |" in report
     assert "| hubert+best_rq_fourfold ‡ | 20.0% (n=1); −50% [−50, −50] † |" in report
+    change = "−50% [−50, −50] †; whole −75% [−75, −75]"
+    assert f"| hubert+best_rq_self_trained ‡ | 20.0% (n=1); {change} |" in report
+    assert "| scratch_whole_self_trained ‡ | 80.0% (n=1) |" in report
     assert "| transformers_wav2vec2 ‡ | 50.0% (n=1); +25% [+25, +25] †; whole +0% [+0, +0] |" in report
     assert "| arm | its labels | scratch † needs | times |" in report
 

@@ -247,7 +247,7 @@ class Comparison:
         else:
             options["model"] = recipe.encoder["encoder"]
             options["model_options"] = {**recipe.encoder.get("encoder_options", {}), **options.get("model_options", {})}
-        if recipe.takes_whole_budget:
+        if recipe.budget_of is not None:
             name = f"{folder.name}.updates"
             options["max_steps"] = self._kept(chain, name, partial(self._whole_budget, chain, size))
         options["load_best_model_at_end"] = False
@@ -313,7 +313,7 @@ class Comparison:
 
     def _mean(self, chain: Chain, arm: str, pretraining: str | None, value, **same) -> float:
         """Mean over rows in the table of equal updates and of the same device, of an arm with this hash of its
-        pre-training or with any.
+        pre-training or with any; of one cell those of its newest recipe.
 
         Raises:
             RunError: there is none; says what to run.
@@ -322,6 +322,8 @@ class Comparison:
         rows = [row for row in self.results.rows() if all(row[name] == value for name, value in wanted.items())]
         names = [(row, f"seed{row['seed']}-{pretraining}") for row in rows]
         rows = [row for row, name in names if pretraining is None or row["run"].split("/")[2] == name]
+        if "labels" in same:
+            rows = [row for row in rows if row["recipe"] == rows[-1]["recipe"]]
         if not rows:
             shown = ", ".join(f"{name} {value}" for name, value in wanted.items())
             raise RunError(
@@ -349,10 +351,13 @@ class Comparison:
         return self._kept(chain, "scale", ratio)
 
     def _whole_budget(self, chain: Chain, size: str) -> int:
-        """Updates of fine-tuning that last as long as the pre-training and the fine-tuning of others."""
+        """Updates of fine-tuning that last as long as the pre-training, with self-training, and the fine-tuning of
+        others."""
         column, same = self._seconds(chain, "finetuning"), {"phase": chain.phase, "labels": size}
         per_update = self._mean(chain, "scratch", None, lambda row: row[column] / row["finetuning_updates"], **same)
-        return chain.recipe.finetuning[size]["max_steps"] + round(self._reference_seconds(chain) / per_update)
+        column = self._seconds(chain, "pretraining")
+        seconds = self._mean(chain, chain.recipe.budget_of, chain.measured_in, lambda row: row[column], **same)
+        return chain.recipe.finetuning[size]["max_steps"] + round(seconds / per_update)
 
 
 def clip_counts(transcripts: list[dict]) -> dict[str, list]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from recipes import clock_of, measured_in_time, of_own_length, same_in_both_tables
+from recipes import clock_of, measured_in_time, of_own_length, same_in_both_tables, whole_budgets
 
 from hf_speechcl.evaluation.asr import bootstrap_interval, resample
 from hf_speechcl.machine import machine_of
@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 RESAMPLES = 1000
 USEFUL = 0.6  # error of the best arm, above which a column does not count
 CONVERGED_SHARE, CONVERGED_LOSS = 0.1, 0.05  # the loss fell by less than this share, or by less than this, at the end
-BASELINES = ("scratch", "scratch_whole")
 NAMES = {("T1", "cer"): "phone error rate"}
 
 
@@ -145,8 +144,7 @@ def sizes_of(cells: Cells) -> list[str]:
 
 def error_table(cells: Cells, config: dict) -> list[str]:
     """Rows of arms, columns of label sizes; arms of a length of their own are marked."""
-    own_length = of_own_length(config)
-    marked = own_length | measured_in_time(config)
+    marked, whole = of_own_length(config) | measured_in_time(config), whole_budgets(config)
     sizes = sizes_of(cells)
     best = {size: min(own[size].mean for own in cells.values() if size in own) for size in sizes}
     minutes = {size: next(own[size].minutes for own in cells.values() if size in own) for size in sizes}
@@ -162,9 +160,9 @@ def error_table(cells: Cells, config: dict) -> list[str]:
             text = f"{cell.mean:.1%}" + ("" if cell.spread is None else f" ± {100 * cell.spread:.1f}")
             text += f" (n={len(cell.rows)})"
             text += "" if cell.has_converged and best[size] < USEFUL else " †"
-            for name, sign in zip(BASELINES, ("", "whole ")):
+            for name, sign in (("scratch", ""), (whole.get(arm), "whole ")):
                 baseline = cells.get(name, {}).get(size)
-                if baseline is None or arm in BASELINES or (name == "scratch_whole" and arm in own_length):
+                if baseline is None or arm in baselines(config):
                     continue
                 if found := relative_reduction(cell, baseline):
                     text += f"; {sign}{describe_reduction(found)}"
@@ -222,7 +220,12 @@ def describe_runs(cells: Cells) -> str:
     return f"{'; '.join(machines)}. Commits {', '.join(commits)}"
 
 
-def needed_table(cells: Cells) -> list[str]:
+def baselines(config: dict) -> set[str]:
+    """What others are held against."""
+    return {"scratch", *whole_budgets(config).values()}
+
+
+def needed_table(cells: Cells, config: dict) -> list[str]:
     """Minutes of labels that scratch needs to match each arm at its smallest size."""
     if len(cells.get("scratch", {})) < 2:
         return []
@@ -230,7 +233,7 @@ def needed_table(cells: Cells) -> list[str]:
     mark = "" if all(cell.has_converged for cell in cells["scratch"].values()) else " †"
     lines = [f"| arm | its labels | scratch{mark} needs | times |", "|---|---|---|---|"]
     for arm, own in cells.items():
-        if arm not in BASELINES:
+        if arm not in baselines(config):
             cell = min(own.values(), key=lambda cell: cell.minutes)
             sign, minutes = minutes_needed(curve, cell.mean)
             sign = "" if sign == "=" else f"{sign} "
@@ -240,7 +243,7 @@ def needed_table(cells: Cells) -> list[str]:
     return lines
 
 
-def plot(cells: Cells, name: str, clock: str, folder: Path, stem: str) -> list[str]:
+def plot(cells: Cells, name: str, clock: str, dashed: set[str], folder: Path, stem: str) -> list[str]:
     """Error against labels, hours of audio seen and minutes of computing (cpu or wall); the files' names."""
     colours = dict(zip(cells, plt.get_cmap("tab20").colors * (1 + len(cells) // 20)))
     files = []
@@ -263,7 +266,7 @@ def plot(cells: Cells, name: str, clock: str, folder: Path, stem: str) -> list[s
             np.maximum(0, [errors - intervals[:, 0], intervals[:, 1] - errors]),
             label=arm,
             color=colours[arm],
-            linestyle="--" if arm in BASELINES else "-",
+            linestyle="--" if arm in dashed else "-",
             marker="o",
             markersize=3,
             capsize=2,
@@ -303,16 +306,17 @@ def write_report(rows: list[dict], config: dict, folder: Path) -> str:
             cells = collect(rows, config, tier, phase, table, score)
             name = NAMES.get((tier, score), score.upper())
             parts += ["\n".join([f"**{name[0].upper()}{name[1:]}**", "", *error_table(cells, config)])]
-            if needed := needed_table(cells):
+            if needed := needed_table(cells, config):
                 parts.append("\n".join(["Labels that scratch needs for the same error:", "", *needed]))
-            files = plot(cells, f"{name}, {scored}", clock, folder, f"{tier}_{phase}_{table}_{score}")
+            stem = f"{tier}_{phase}_{table}_{score}"
+            files = plot(cells, f"{name}, {scored}", clock, baselines(config), folder, stem)
             parts.append("\n".join(f"![{file}]({file})" for file in files))
         parts.append("\n".join(cost_table(cells)))
         parts.append(f"Run on {describe_runs(cells)}.")
     if found:
         parts.append(
-            "Mean over n seeds ± standard deviation; change of the error against scratch (and, of arms as long as the "
-            "reference arm, against scratch with the whole budget) in percent of it, with paired bootstrap 95% "
+            "Mean over n seeds ± standard deviation; change of the error against scratch (and against scratch with the "
+            "whole budget of the arm, where it was run) in percent of it, with paired bootstrap 95% "
             "intervals over clips. † does not count: fine-tuning had not converged (behind a change: that of scratch), "
             f"or the best arm's error is {USEFUL:.0%} or more. ‡ of a length of its own, not with as many updates as "
             "the others; of self-trained arms convergence is not judged."

@@ -51,7 +51,7 @@ class Recipe:
             only the unlabelled audio that is like that of the labels.
         encoder: options of the encoder, for arms from scratch.
         is_peer: whether peer.py trains it.
-        takes_whole_budget: whether it is fine-tuned for as long as others are pre-trained and fine-tuned.
+        budget_of: the arm for as long as whose pre-training it is fine-tuned beyond its own updates, or None.
         finetuning: options by label size.
         encoder_arm: the arm whose encoder it is: its own, but for arms with self-training.
         is_teacher: whether self-trained arms begin with what it writes, so that its fine-tuned models are kept.
@@ -64,7 +64,7 @@ class Recipe:
     stages: list[dict]
     encoder: dict
     is_peer: bool
-    takes_whole_budget: bool
+    budget_of: str | None
     finetuning: dict[str, dict]
     encoder_arm: str
     is_teacher: bool
@@ -73,7 +73,7 @@ class Recipe:
     @property
     def needs_rows(self) -> bool:
         """Whether its length is measured in that of other runs."""
-        return self.takes_whole_budget or any(
+        return self.budget_of is not None or any(
             stage["pretraining"].get("seconds") == "reference" for stage in self.stages
         )
 
@@ -87,7 +87,7 @@ class Recipe:
 
     def finetuning_hash(self, size: str) -> str:
         of_self_training = [] if self.self_training is None else [self.self_training[size]]
-        return checksum([self.finetuning[size], self.takes_whole_budget, *of_self_training])
+        return checksum([self.finetuning[size], self.budget_of or False, *of_self_training])
 
     def to_json(self, size: str) -> str:
         """What the table of results keeps."""
@@ -129,6 +129,8 @@ def read_config(file: Path) -> dict:
             _check_by_labels(changes, f"arms.{name}.tiers.{tier}", sizes[tier])
     for name, arm in config["arms"].items():
         own = _inherited(config["arms"], name)
+        if (budget_of := own.get("whole_budget")) is not None and budget_of not in config["arms"]:
+            raise ValueError(f"arms.{name}.whole_budget: there is no arm {budget_of!r}")
         parts = own.get("self_training")
         if parts is None and any(SELF_TRAININGS & set(layer) for layer in [own, *own.get("tiers", {}).values()]):
             raise ValueError(f"arms.{name}: it changes self_training, which it does not have")
@@ -225,7 +227,7 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         stages,
         encoder,
         is_peer,
-        takes_whole_budget=bool(own.get("whole_budget")),
+        budget_of=own.get("whole_budget"),
         finetuning=finetuning,
         encoder_arm=_encoder_arm(config["arms"], arm),
         is_teacher=arm in teachers,
@@ -279,9 +281,19 @@ def of_own_length(config: dict) -> set[str]:
 
 
 def measured_in_time(config: dict) -> set[str]:
-    """Arms whose length is the time that others took: the peer, and scratch with the whole budget."""
+    """Arms whose length is the time that others took: the peer, and scratch with a whole budget."""
     own = {name: _inherited(config["arms"], name) for name in config["arms"]}
     return {name for name, arm in own.items() if arm.get("peer") or arm.get("whole_budget")}
+
+
+def whole_budgets(config: dict) -> dict[str, str]:
+    """Arms, and the one from scratch that has as much time as each: arms as long as the reference arm have its."""
+    own = {name: _inherited(config["arms"], name) for name in config["arms"]}
+    found = {arm["whole_budget"]: name for name, arm in own.items() if arm.get("whole_budget")}
+    if (of_reference := found.get(config["reference_arm"])) is not None:
+        as_long = set(config["arms"]) - of_own_length(config) - set(found.values())
+        found |= dict.fromkeys(as_long, of_reference)
+    return found
 
 
 def _inherited(arms: dict[str, dict], name: str) -> dict:
