@@ -74,13 +74,14 @@ def test_larger_tiers_take_their_audio_from_where_it_is(scripts, small_data, tmp
 
 
 def test_a_folder_made_of_other_data_is_refused(scripts, small_data, tmp_path):
-    other = shutil.copytree(small_data, tmp_path / "other")
     scripts.tiers.TierData("T2", small_data, tmp_path / "made")
-    scripts.tiers.TierData("T2", shutil.copytree(small_data, tmp_path / "same"), tmp_path / "made")
-    pyarrow.parquet.write_table(
-        pyarrow.parquet.read_table(other / "prompts_en/train.parquet")[:5], other / "prompts_en/train.parquet"
-    )
-    with pytest.raises(FileExistsError, match="T2 was made of other data than .*other has now: give another --output"):
+    other = shutil.copytree(small_data, tmp_path / "other")
+    (other / "unrelated").mkdir()
+    shutil.copy(other / "prompts_en/train.parquet", other / "unrelated/train.parquet")
+    scripts.tiers.TierData("T2", other, tmp_path / "made")
+    changed = other / "prompts_en/train.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(changed)[:5], changed)
+    with pytest.raises(FileExistsError, match="T2 was made of data with another prompts_en/train.parquet than .*other"):
         scripts.tiers.TierData("T2", other, tmp_path / "made")
 
 
@@ -193,7 +194,7 @@ def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
     arms = {"x": {}, "y": {"like": "x", "self_training": parts}, "z": {"like": "y", "pretraining": {}}}
     with pytest.raises(ValueError, match=r"arms.z: self-training starts from the encoder of another arm"):
         small_config(scripts, tmp_path, arms=arms, reference_arm="x")
-    with pytest.raises(ValueError, match=r"arms.y.self_training: last, student is missing"):
+    with pytest.raises(ValueError, match=r"arms.y.self_training: missing last, student"):
         small_config(scripts, tmp_path, arms={"x": {}, "y": {"like": "x", "self_training": {"rounds": 1}}})
     with pytest.raises(ValueError, match=r"arms.x: it changes self_training, which it does not have"):
         small_config(scripts, tmp_path, arms={"x": {"tiers": {"T1": {"self_training_by_labels": {"all": {}}}}}})
@@ -223,17 +224,22 @@ def test_what_is_missing_or_goes_round_is_refused(scripts, tmp_path):
     with pytest.raises(ValueError, match="wrong.yaml: expected KEY: VALUE lines, found str"):
         read("nothing")
     for name in ("tiers", "quick", "save_steps"):
-        with pytest.raises(ValueError, match=f"wrong.yaml: {name} is missing"):
+        with pytest.raises(ValueError, match=f"wrong.yaml: missing {name}"):
             read({key: value for key, value in config.items() if key != name})
     tier = {key: value for key, value in config["tiers"]["T1"].items() if key != "scores"}
-    with pytest.raises(ValueError, match="tiers.T1: scores is missing"):
+    with pytest.raises(ValueError, match="tiers.T1: missing scores"):
         read(config | {"tiers": {"T1": tier}})
-    with pytest.raises(ValueError, match="quick: phase, seeds is missing"):
+    with pytest.raises(ValueError, match="quick: missing phase, seeds"):
         read(config | {"quick": {"tier": "T1", "labels": [10], "arms": []}})
     with pytest.raises(ValueError, match="arms.x.like: it goes round in a circle, x, y, x"):
         read(config | {"arms": {"x": {"like": "y"}, "y": {"like": "x"}}})
-    with pytest.raises(ValueError, match="arms.scratch.whole_budget: there is no arm 'z'"):
-        read(config | {"arms": {**config["arms"], "scratch": {"whole_budget": "z"}}})
+    for budget in ("z", "transformers_wav2vec2", "scratch_whole"):
+        with pytest.raises(ValueError, match=f"arms.x.whole_budget: expected an arm with .*, found '{budget}'"):
+            read(config | {"arms": {**config["arms"], "x": {"whole_budget": budget}}})
+    with pytest.raises(ValueError, match="arms.x: expected KEY: VALUE lines, found None"):
+        read(config | {"arms": {"x": None}})
+    with pytest.raises(ValueError, match="few_shot: unknown n_wya; expected"):
+        read(config | {"few_shot": {"n_wya": 5}})
     with pytest.raises(ValueError, match="arms.y.like: there is no arm 'z'"):
         read(config | {"arms": {"x": {"like": "y"}, "y": {"like": "z"}}})
 
@@ -245,6 +251,8 @@ def test_what_is_missing_or_goes_round_is_refused(scripts, tmp_path):
         ({"finetuning": {"learnin_rate": 1}}, "x in T1: finetuning has no option learnin_rate"),
         ({"finetuning": {"seed": 1}}, "x in T1: finetuning may not say seed, which the comparison sets"),
         ({"pretraining": {"units": "mine"}}, "x in T1: pretraining may not say units"),
+        ({"pretraining": {"logging_steps": 7}}, "x in T1: pretraining may not say logging_steps"),
+        ({"stages": [{"units": {"num_unit": 3}}]}, "x in T1: units has no option num_unit"),
         ({"peer": True, "pretraining": {"mask_prob": 0.5}}, "x in T1: pretraining has no option mask_prob"),
         (
             {"like": "best_rq", "self_training": {"rounds": 1, "student": {"max_step": 1}, "last": {}}},
@@ -257,6 +265,42 @@ def test_options_that_no_script_has_are_refused_before_anything_is_trained(scrip
     config["arms"]["x"] = arm
     with pytest.raises(ValueError, match=message):
         scripts.recipes.build_recipe(config, "T1", "x", ["3"])
+
+
+def test_a_budget_is_that_of_the_recipe_and_of_the_size(scripts, tmp_path):
+    config = scripts.recipes.read_config(YAML)
+
+    def names():
+        (chain,) = plan(scripts, config, tmp_path, arms=["scratch_whole_self_trained"])
+        return [chain.run_name(size) for size in ("3", "10")]
+
+    before = names()
+    by_labels = config["arms"]["hubert+best_rq_self_trained"]["tiers"]["T1"]["self_training_by_labels"]
+    by_labels["10"] = by_labels.pop(10) | {"rounds": 9}
+    after = names()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_kept_rows_are_of_the_recipes_of_the_yaml(scripts, tmp_path):
+    rows = scripts.processes.Results(YAML.parent / "comparison/results.parquet").rows()
+    arms = ["scratch", "hubert+best_rq", "hubert+best_rq_self_trained"]
+    config = scripts.recipes.read_config(YAML)
+    chains = plan(scripts, config, tmp_path, rows, arms=arms, seeds=[0, 1, 2])
+    assert [chain.sizes for chain in chains] == 9 * [[]]
+
+
+def test_each_arm_is_held_against_scratch_with_its_own_budget(scripts):
+    config = scripts.recipes.read_config(YAML)
+    config["arms"]["longer"] = {"like": "scratch_whole"}
+    config["arms"]["other"] = {"like": "scratch", "whole_budget": "denoising"}
+    found = scripts.recipes.whole_budgets(config)
+    assert found["hubert"] == found["hubert+best_rq"] == found["transformers_wav2vec2"] == "scratch_whole"
+    assert found["hubert+best_rq_self_trained"] == "scratch_whole_self_trained"
+    assert found["denoising"] == "other"
+    assert not {"scratch", "frozen_random", "hubert+best_rq_fourfold"} & set(found)
+    held_against = {"scratch", "scratch_whole", "scratch_whole_self_trained", "longer", "other"}
+    assert scripts.recipes.baselines(config) == held_against
 
 
 def test_quick_run_is_as_its_section_says_but_for_what_is_given(scripts, tmp_path):

@@ -6,9 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
-
-YAML = ROOT / "scripts/benchmarks/objectives.yaml"
+from tests.comparison import YAML
 
 
 def make_row(arm, seed, labels, edits, lengths, **changes):

@@ -76,6 +76,9 @@ class UnitArguments:
             raise ValueError("layer says which layer of an encoder: give it with --features ENCODER, and only then")
 
 
+ARGUMENTS = (UnitArguments, SourceArguments, ClipArguments)
+
+
 def build_features(args: UnitArguments) -> MFCC | EncoderLayer:
     """What the options ask to cluster; a rate that an encoder does not have is refused."""
     given = {name: getattr(args, name) for name in ("sampling_rate", "samples_per_unit")}
@@ -167,7 +170,7 @@ def is_made(folder: Path, options: dict) -> bool:
 
 @leaves_launch
 def main(argv: list[str] | None = None) -> None:
-    args, sources, clips = parse_arguments([UnitArguments, SourceArguments, ClipArguments], DESCRIPTION, argv)
+    args, sources, clips = parse_arguments(ARGUMENTS, DESCRIPTION, argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("hf_speechcl").setLevel(logging.INFO)
     features = build_features(args)

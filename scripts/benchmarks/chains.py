@@ -38,7 +38,8 @@ class Chain:
         table, phase: see the options.
         folder: where.
         sizes: label sizes that have no row yet.
-        measured_in: hash of the reference arm's pre-training, if the length is measured in that.
+        measured_in: hash of the pre-training of the reference arm, or of the arm of the budget, if the length is
+            measured in that.
     """
 
     recipe: Recipe
@@ -247,7 +248,7 @@ class Comparison:
         else:
             options["model"] = recipe.encoder["encoder"]
             options["model_options"] = {**recipe.encoder.get("encoder_options", {}), **options.get("model_options", {})}
-        if recipe.budget_of is not None:
+        if recipe.budget is not None:
             name = f"{folder.name}.updates"
             options["max_steps"] = self._kept(chain, name, partial(self._whole_budget, chain, size))
         options["load_best_model_at_end"] = False
@@ -311,9 +312,9 @@ class Comparison:
         """A number measured once for a chain, which stays what it was then."""
         return made_once(chain.folder / f"{name}.json", lambda: {"value": measure()})["value"]
 
-    def _mean(self, chain: Chain, arm: str, pretraining: str | None, value, **same) -> float:
+    def _mean(self, chain: Chain, arm: str, pretraining: str | None, value, run: str = "", **same) -> float:
         """Mean over rows in the table of equal updates and of the same device, of an arm with this hash of its
-        pre-training or with any; of one cell those of its newest recipe.
+        pre-training or with any; of one cell those of its newest recipe, or of that with this end of its run's name.
 
         Raises:
             RunError: there is none; says what to run.
@@ -322,6 +323,7 @@ class Comparison:
         rows = [row for row in self.results.rows() if all(row[name] == value for name, value in wanted.items())]
         names = [(row, f"seed{row['seed']}-{pretraining}") for row in rows]
         rows = [row for row, name in names if pretraining is None or row["run"].split("/")[2] == name]
+        rows = [row for row in rows if row["run"].endswith(run)]
         if "labels" in same:
             rows = [row for row in rows if row["recipe"] == rows[-1]["recipe"]]
         if not rows:
@@ -355,8 +357,9 @@ class Comparison:
         others."""
         column, same = self._seconds(chain, "finetuning"), {"phase": chain.phase, "labels": size}
         per_update = self._mean(chain, "scratch", None, lambda row: row[column] / row["finetuning_updates"], **same)
-        column = self._seconds(chain, "pretraining")
-        seconds = self._mean(chain, chain.recipe.budget_of, chain.measured_in, lambda row: row[column], **same)
+        column, budget = self._seconds(chain, "pretraining"), chain.recipe.budget
+        of_size = {} if budget.self_training is None else same | {"run": f"-{budget.finetuning_hash(size)}"}
+        seconds = self._mean(chain, budget.arm, chain.measured_in, lambda row: row[column], **of_size)
         return chain.recipe.finetuning[size]["max_steps"] + round(seconds / per_update)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from recipes import clock_of, measured_in_time, of_own_length, same_in_both_tables, whole_budgets
+from recipes import baselines, clock_of, measured_in_time, of_own_length, same_in_both_tables, whole_budgets
 
 from hf_speechcl.evaluation.asr import bootstrap_interval, resample
 from hf_speechcl.machine import machine_of
@@ -218,11 +218,6 @@ def describe_runs(cells: Cells) -> str:
     machines = dict.fromkeys(machine_of(row["machine"]) for row in rows)
     commits = dict.fromkeys(row["commit"] or "no repository" for row in rows)
     return f"{'; '.join(machines)}. Commits {', '.join(commits)}"
-
-
-def baselines(config: dict) -> set[str]:
-    """What others are held against."""
-    return {"scratch", *whole_budgets(config).values()}
 
 
 def needed_table(cells: Cells, config: dict) -> list[str]:

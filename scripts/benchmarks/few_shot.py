@@ -18,6 +18,7 @@ from hf_speechcl.data.folders import source_name
 from hf_speechcl.evaluation.episodes import EpisodeSampler, score_episodes
 from hf_speechcl.evaluation.few_shot import PrototypicalClassifier
 from hf_speechcl.evaluation.nearest_prototype import NearestPrototype
+from hf_speechcl.hub import find_model
 from hf_speechcl.objectives.utterance import pool_statistics
 
 logger = logging.getLogger(__name__)
@@ -105,15 +106,18 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments([FewShotArguments], DESCRIPTION, argv)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in args.models:  # all of them, before clips are decoded
+        find_model(name)
     config = SpeechCLConfig.from_pretrained(args.models[0])
-    classifiers = {name: PrototypicalClassifier(name, args.layer, args.projector) for name in args.models}
-    for name, classifier in classifiers.items():
-        if classifier.sampling_rate != config.sampling_rate:
-            raise ValueError(f"{name} takes {classifier.sampling_rate} Hz, {args.models[0]} {config.sampling_rate} Hz")
     waveforms, labels, groups = load_clips(args, config.sampling_rate)
     sampler = EpisodeSampler(labels, args.n_way, args.k_shot, args.n_query, args.min_clips, groups)
 
-    results = {name: (model.prototypes, model.embed(waveforms)) for name, model in classifiers.items()}
+    results = {}
+    for name in args.models:
+        classifier = PrototypicalClassifier(name, args.layer, args.projector)
+        if classifier.sampling_rate != config.sampling_rate:
+            raise ValueError(f"{name} takes {classifier.sampling_rate} Hz, {args.models[0]} {config.sampling_rate} Hz")
+        results[name] = classifier.prototypes, classifier.embed(waveforms)
     for seed in range(args.seed, args.seed + UNTRAINED):
         torch.manual_seed(seed)
         untrained = PrototypicalClassifier(SpeechCLModel(config), args.layer)

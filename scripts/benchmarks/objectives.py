@@ -103,8 +103,8 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
                     logger.warning("%s is left out of the table of equal time: its length is its own", arm)
                     continue
                 measured_in = reference if args.table == "time" or recipe.needs_rows else None
-                if recipe.budget_of is not None:
-                    measured_in = build_recipe(config, tier, recipe.budget_of, [], args.quick).pretraining_hash()
+                if recipe.budget is not None:
+                    measured_in = recipe.budget.pretraining_hash()
                 folder = output / "runs" / tier / arm / chain_name(recipe, seed, measured_in)
                 chain = Chain(recipe, seed, args.table, args.phase, folder, sizes, measured_in)
                 chains.append(replace(chain, sizes=[size for size in sizes if chain.run_name(size) not in made]))

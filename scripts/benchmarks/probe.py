@@ -13,6 +13,7 @@ from hf_speechcl.command_line import option, parse_arguments
 from hf_speechcl.data.folders import source_name
 from hf_speechcl.evaluation.probe import SILENCES, PhoneProbe
 from hf_speechcl.features import HiddenStates, StackedLogMel
+from hf_speechcl.hub import find_model
 
 UNTRAINED = 3  # encoders with random weights, as they differ
 
@@ -82,8 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     layers = None if args.layers == ["all"] else [int(layer) for layer in args.layers]
-    models = {name: HiddenStates.load(name, layers, args.device) for name in args.models}
-    first = models[args.models[0]]
+    for name in args.models:  # all of them, before clips are decoded
+        find_model(name)
+    first = HiddenStates.load(args.models[0], layers, args.device)
     columns = {name: getattr(args, name) for name in vars(args) if name.endswith("_column")}
     options = {
         name: getattr(args, name) for name in ("max_frames", "same_context", "min_tokens", "max_triples", "leave_out")
@@ -96,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(args.seed, args.seed + UNTRAINED):
         found = probe.measure(untrained_like(first, seed))
         results[f"untrained encoder, seed {seed}"] = dict(zip(map(str, first.layers), found))
-    for name, model in models.items():
+    for number, name in enumerate(args.models):
+        model = HiddenStates.load(name, layers, args.device) if number else first
         results[name] = dict(zip(map(str, model.layers), probe.measure(model)))
 
     log_mel = results["log-mel"]["-"]

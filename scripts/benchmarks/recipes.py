@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import few_shot
 import peer
 import yaml
 from tiers import PHASES, TIERS
 
-from hf_speechcl.training import finetune_ctc, pretrain
+from hf_speechcl.training import finetune_ctc, make_units, pretrain
 
 # Options of fine-tuning that the peer shares with all arms; the others are of SpeechCL, or its own.
 SHARED_WITH_PEER = ("max_steps", "max_seconds_per_batch", "bf16")
@@ -28,12 +29,8 @@ KEYS = {
 }
 
 # Options that the comparison sets, so that the YAML may not.
-SET_HERE = {
-    "pretraining": {"corpus", "units", "probe_corpus"},
-    "finetuning": {"corpus", "model", "pseudo_labels", "load_best_model_at_end"},
-}
-SET_IN_BOTH = {"seed", "output_dir", "use_cpu", "save_steps", "logging_steps", "eval_strategy", "disable_tqdm"}
-SET_IN_BOTH |= {"report_to", "resume_from_checkpoint"}
+SET_HERE = {"corpus", "units", "probe_corpus", "model", "pseudo_labels", "load_best_model_at_end", "seed", "output_dir"}
+SET_HERE |= {"use_cpu", "save_steps", "eval_strategy", "disable_tqdm", "report_to", "resume_from_checkpoint"}
 NEEDED = {
     "config": KEYS["config"] - TRAININGS,
     "tier": KEYS["tier"] - TRAININGS,
@@ -51,7 +48,7 @@ class Recipe:
             only the unlabelled audio that is like that of the labels.
         encoder: options of the encoder, for arms from scratch.
         is_peer: whether peer.py trains it.
-        budget_of: the arm for as long as whose pre-training it is fine-tuned beyond its own updates, or None.
+        budget: what takes the time for which it is fine-tuned beyond its own updates, or None.
         finetuning: options by label size.
         encoder_arm: the arm whose encoder it is: its own, but for arms with self-training.
         is_teacher: whether self-trained arms begin with what it writes, so that its fine-tuned models are kept.
@@ -64,7 +61,7 @@ class Recipe:
     stages: list[dict]
     encoder: dict
     is_peer: bool
-    budget_of: str | None
+    budget: "Recipe | None"
     finetuning: dict[str, dict]
     encoder_arm: str
     is_teacher: bool
@@ -73,7 +70,7 @@ class Recipe:
     @property
     def needs_rows(self) -> bool:
         """Whether its length is measured in that of other runs."""
-        return self.budget_of is not None or any(
+        return self.budget is not None or any(
             stage["pretraining"].get("seconds") == "reference" for stage in self.stages
         )
 
@@ -87,7 +84,12 @@ class Recipe:
 
     def finetuning_hash(self, size: str) -> str:
         of_self_training = [] if self.self_training is None else [self.self_training[size]]
-        return checksum([self.finetuning[size], self.budget_of or False, *of_self_training])
+        budget = False if self.budget is None else self.budget.time_hash(size)
+        return checksum([self.finetuning[size], budget, *of_self_training])
+
+    def time_hash(self, size: str) -> str:
+        """Of what its pre-training is, with self-training."""
+        return self.pretraining_hash() if self.self_training is None else self.finetuning_hash(size)
 
     def to_json(self, size: str) -> str:
         """What the table of results keeps."""
@@ -100,13 +102,15 @@ def read_config(file: Path) -> dict:
     """The YAML, its names checked.
 
     Raises:
-        ValueError: an unknown key, option, tier, arm or label size, or one that is missing; says where.
+        ValueError: an unknown key, tier, arm or label size, or one that is missing; says where.
     """
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"{file}: expected KEY: VALUE lines, found {type(config).__name__}")
     _check(config, "config", str(file))
-    for name in config["arms"]:
+    for name, arm in config["arms"].items():
+        if not isinstance(arm, dict):
+            raise ValueError(f"arms.{name}: expected KEY: VALUE lines, found {arm}")
         _check_line(config["arms"], name)
     sizes = {}
     for name, tier in config["tiers"].items():
@@ -127,10 +131,13 @@ def read_config(file: Path) -> dict:
                 raise ValueError(f"arms.{name}.tiers: there is no tier {tier!r}")
             _check(changes, "arm in a tier", f"arms.{name}.tiers.{tier}")
             _check_by_labels(changes, f"arms.{name}.tiers.{tier}", sizes[tier])
+    of_others = measured_in_time(config)
     for name, arm in config["arms"].items():
         own = _inherited(config["arms"], name)
-        if (budget_of := own.get("whole_budget")) is not None and budget_of not in config["arms"]:
-            raise ValueError(f"arms.{name}.whole_budget: there is no arm {budget_of!r}")
+        if (budget := own.get("whole_budget")) is not None and (budget not in config["arms"] or budget in of_others):
+            raise ValueError(
+                f"arms.{name}.whole_budget: expected an arm with a length of its own updates, found {budget!r}"
+            )
         parts = own.get("self_training")
         if parts is None and any(SELF_TRAININGS & set(layer) for layer in [own, *own.get("tiers", {}).values()]):
             raise ValueError(f"arms.{name}: it changes self_training, which it does not have")
@@ -138,8 +145,11 @@ def read_config(file: Path) -> dict:
             if not arm.get("like") or {"pretraining", "stages"} & set(arm):
                 raise ValueError(f"arms.{name}: self-training starts from the encoder of another arm: say like which")
             if missing := sorted(KEYS["self_training"] - set(parts)):
-                raise ValueError(f"arms.{name}.self_training: {', '.join(missing)} is missing")
+                raise ValueError(f"arms.{name}.self_training: missing {', '.join(missing)}")
     _check(config["quick"], "quick", "quick")
+    of_few_shot = {field.name for field in fields(few_shot.FewShotArguments)} - {"models", "corpus", "output_file"}
+    if unknown := sorted(set(config["few_shot"]) - of_few_shot):
+        raise ValueError(f"few_shot: unknown {', '.join(unknown)}; expected {', '.join(sorted(of_few_shot))}")
     if config["reference_arm"] not in config["arms"]:
         raise ValueError(f"reference_arm: there is no arm {config['reference_arm']!r}")
     return config
@@ -149,7 +159,7 @@ def _check(found: dict, kind: str, where: str) -> None:
     if unknown := sorted(set(found) - KEYS[kind]):
         raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected {', '.join(sorted(KEYS[kind]))}")
     if missing := sorted(NEEDED.get(kind, set()) - set(found)):
-        raise ValueError(f"{where}: {', '.join(missing)} is missing")
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
 
 
 def _check_line(arms: dict[str, dict], name: str) -> None:
@@ -207,15 +217,14 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         finetuning[size] = _merge(shared, *(_of_size(layer, "finetuning", size) for layer in of_arm))
     encoder = {} if stages else {name: pretraining[name] for name in ENCODER_OPTIONS if name in pretraining}
     teachers = {
-        _encoder_arm(config["arms"], name)
-        for name in config["arms"]
-        if "self_training" in _inherited(config["arms"], name)
+        _encoder_arm(config["arms"], name) for name, arm in _all_inherited(config).items() if "self_training" in arm
     }
     self_training = None
     if "self_training" in own:
         self_training = {size: _merge(*(_of_size(layer, "self_training", size) for layer in of_arm)) for size in sizes}
     for stage in stages:
         _check_options(stage["pretraining"], "pretraining", is_peer, f"{arm} in {tier}")
+        _check_options(stage["units"] or {}, "units", is_peer, f"{arm} in {tier}")
     for options in finetuning.values():
         _check_options(options, "finetuning", is_peer, f"{arm} in {tier}")
     for parts in (self_training or {}).values():
@@ -227,7 +236,7 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
         stages,
         encoder,
         is_peer,
-        budget_of=own.get("whole_budget"),
+        budget=build_recipe(config, tier, own["whole_budget"], sizes, quick) if own.get("whole_budget") else None,
         finetuning=finetuning,
         encoder_arm=_encoder_arm(config["arms"], arm),
         is_teacher=arm in teachers,
@@ -237,12 +246,14 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
 
 def _check_options(options: dict, kind: str, is_peer: bool, where: str) -> None:
     """That a script has these options, and that they are not set here, before anything is trained."""
-    own = {"pretraining": pretrain.ARGUMENTS, "finetuning": finetune_ctc.ARGUMENTS}
-    of_peer = {"pretraining": peer.PRETRAINING_ARGUMENTS, "finetuning": peer.FINETUNING_ARGUMENTS}
-    known = {field.name for part in (of_peer if is_peer else own)[kind] for field in fields(part) if field.init}
+    types = {"units": make_units.ARGUMENTS, "pretraining": pretrain.ARGUMENTS, "finetuning": finetune_ctc.ARGUMENTS}
+    if is_peer:
+        types |= {"pretraining": peer.PRETRAINING_ARGUMENTS, "finetuning": peer.FINETUNING_ARGUMENTS}
+    known = {field.name for part in types[kind] for field in fields(part) if field.init}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"{where}: {kind} has no option {', '.join(unknown)}")
-    if set_here := sorted(set(options) & (SET_HERE[kind] | SET_IN_BOTH)):
+    is_trainers = not (is_peer and kind == "pretraining")
+    if set_here := sorted(set(options) & (SET_HERE | ({"logging_steps"} if is_trainers else set()))):
         raise ValueError(f"{where}: {kind} may not say {', '.join(set_here)}, which the comparison sets")
 
 
@@ -264,7 +275,7 @@ def clock_of(tier: dict) -> str:
 def same_in_both_tables(config: dict) -> set[str]:
     """Arms that need no run of their own in the table of equal time: without pre-training, for a time as it is, and the
     one that the time is of."""
-    own = {name: _inherited(config["arms"], name) for name in config["arms"]}
+    own = _all_inherited(config)
     untrained = {name for name, arm in own.items() if not arm.get("pretrained", True) and "self_training" not in arm}
     return untrained | {name for name, arm in own.items() if arm.get("peer")} | {config["reference_arm"]}
 
@@ -277,23 +288,34 @@ def of_own_length(config: dict) -> set[str]:
         shares = [stage.get("share", 1) for stage in arm.get("stages") or [{}]]
         return "self_training" in arm or abs(sum(shares) - 1) > 1e-6
 
-    return {name for name in config["arms"] if has_own_length(_inherited(config["arms"], name))}
+    return {name for name, arm in _all_inherited(config).items() if has_own_length(arm)}
 
 
 def measured_in_time(config: dict) -> set[str]:
     """Arms whose length is the time that others took: the peer, and scratch with a whole budget."""
-    own = {name: _inherited(config["arms"], name) for name in config["arms"]}
-    return {name for name, arm in own.items() if arm.get("peer") or arm.get("whole_budget")}
+    return {name for name, arm in _all_inherited(config).items() if arm.get("peer") or arm.get("whole_budget")}
+
+
+def baselines(config: dict) -> set[str]:
+    """What others are held against: from scratch, with as many updates or with a whole budget."""
+    return {"scratch"} | {name for name, arm in _all_inherited(config).items() if arm.get("whole_budget")}
 
 
 def whole_budgets(config: dict) -> dict[str, str]:
-    """Arms, and the one from scratch that has as much time as each: arms as long as the reference arm have its."""
-    own = {name: _inherited(config["arms"], name) for name in config["arms"]}
-    found = {arm["whole_budget"]: name for name, arm in own.items() if arm.get("whole_budget")}
-    if (of_reference := found.get(config["reference_arm"])) is not None:
-        as_long = set(config["arms"]) - of_own_length(config) - set(found.values())
-        found |= dict.fromkeys(as_long, of_reference)
-    return found
+    """Arms with pre-training, and the one from scratch that has as much time as each, the first there is: arms as long
+    as the reference arm have its."""
+    own, found = _all_inherited(config), {}
+    for name, arm in own.items():
+        if arm.get("whole_budget"):
+            found.setdefault(arm["whole_budget"], name)
+    if config["reference_arm"] not in found:
+        return found
+    as_long = {name for name, arm in own.items() if arm.get("pretrained", True)} - of_own_length(config)
+    return dict.fromkeys(as_long, found[config["reference_arm"]]) | found
+
+
+def _all_inherited(config: dict) -> dict[str, dict]:
+    return {name: _inherited(config["arms"], name) for name in config["arms"]}
 
 
 def _inherited(arms: dict[str, dict], name: str) -> dict:

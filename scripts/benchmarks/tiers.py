@@ -5,11 +5,13 @@ import os
 import random
 import shutil
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+from processes import made_once
 
 COLUMNS = ["id", "audio", "text", "speaker", "duration"]
 SILENCE = "pau"
@@ -65,7 +67,7 @@ class TierData:
         if missing := [part for part in parts if not (data / part).is_dir()]:
             raise FileNotFoundError(f"data: {data} has no {', '.join(missing)}, which {name} is made of or probed with")
         self.probe, self.voices = str(data / "phones_ru"), str(data / "queen_en")
-        self._check_made_of()
+        self._check_made_of(parts)
         if name == "T1":
             make_once(self.folder / "sources", self._make_phones)
             self.unlabelled = self.same_language = self.near = [str(self.folder / "sources/unlabelled")]
@@ -77,22 +79,20 @@ class TierData:
             make_once(self.folder / "prompts", lambda folder: write_rows(self._from_pool("asterisk"), folder / TRAIN))
             self.near.append(str(self.folder / "prompts"))
 
-    def _check_made_of(self) -> None:
-        """That what is in the folder was made of these data.
+    def _check_made_of(self, parts: Iterable[str]) -> None:
+        """That what is in the folder was made of these parts of the data.
 
         Raises:
             FileExistsError: it was made of others.
         """
-        sizes = {
-            str(file.relative_to(self.data)): file.stat().st_size for file in sorted(self.data.glob("*/*.parquet"))
-        }
-        made_of = self.folder / "made_of.json"
-        if not made_of.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            made_of.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-        elif json.loads(made_of.read_text(encoding="utf-8")) != sizes:
+        files = sorted(file for part in parts for file in (self.data / part).glob("*.parquet"))
+        sizes = {str(file.relative_to(self.data)): file.stat().st_size for file in files}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        made_of = made_once(self.folder / "made_of.json", lambda: sizes)
+        if changed := sorted(name for name, _ in made_of.items() ^ sizes.items()):
             raise FileExistsError(
-                f"{self.folder} was made of other data than {self.data} has now: give another --output_dir"
+                f"{self.folder} was made of data with another {changed[0]} than {self.data} has now: give another "
+                "--output_dir"
             )
 
     def _from_pool(self, source: str) -> pyarrow.Table:
