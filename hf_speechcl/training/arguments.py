@@ -127,6 +127,17 @@ class PretrainingModelArguments:
     )
 
 
+IN_SECONDS = "batches are measured in seconds, set max_seconds_per_batch"
+BY_LENGTH = "batches are made of clips of like length, in random order"
+NOT_USED = {
+    "per_device_train_batch_size": IN_SECONDS,
+    "per_device_eval_batch_size": IN_SECONDS,
+    "train_sampling_strategy": BY_LENGTH,
+    "length_column_name": BY_LENGTH,
+    "label_smoothing_factor": "no loss here has labels to smooth",
+}
+
+
 @dataclass
 class SpeechTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with defaults for speech; batches are measured in seconds instead of clips."""
@@ -176,9 +187,9 @@ class SpeechTrainingArguments(TrainingArguments):
             raise ValueError(f"stop_on_collapse must not be negative, found {self.stop_on_collapse}")
         if self.decoded_gb < 0:
             raise ValueError(f"decoded_gb must not be negative, found {self.decoded_gb}")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        for name, reason in NOT_USED.items():
             if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
-                raise ValueError(f"{name} is not used: batches are measured in seconds, set max_seconds_per_batch")
+                raise ValueError(f"{name} is not used: {reason}")
         if self.license is not None and self.license not in LICENSES:
             raise ValueError(f"license {self.license!r} is unknown to the Hub: expected {', '.join(sorted(LICENSES))}")
         if unknown := [code for code in self.language if not re.fullmatch("[a-z]{2,3}", code)]:
