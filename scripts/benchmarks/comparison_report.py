@@ -145,6 +145,7 @@ def sizes_of(cells: Cells) -> list[str]:
 def error_table(cells: Cells, config: dict) -> list[str]:
     """Rows of arms, columns of label sizes; arms of a length of their own are marked."""
     marked, whole = of_own_length(config) | measured_in_time(config), whole_budgets(config)
+    held_against = baselines(config)
     sizes = sizes_of(cells)
     best = {size: min(own[size].mean for own in cells.values() if size in own) for size in sizes}
     minutes = {size: next(own[size].minutes for own in cells.values() if size in own) for size in sizes}
@@ -162,7 +163,7 @@ def error_table(cells: Cells, config: dict) -> list[str]:
             text += "" if cell.has_converged and best[size] < USEFUL else " †"
             for name, sign in (("scratch", ""), (whole.get(arm), "whole ")):
                 baseline = cells.get(name, {}).get(size)
-                if baseline is None or arm in baselines(config):
+                if baseline is None or arm in held_against:
                     continue
                 if found := relative_reduction(cell, baseline):
                     text += f"; {sign}{describe_reduction(found)}"
