@@ -201,6 +201,17 @@ def run_script(
     return result
 
 
+def launch(script, *arguments):
+    """Run a script on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 @pytest.fixture
 def scripts(monkeypatch):
     """The modules of the comparison, by name."""

@@ -144,3 +144,44 @@ def test_peer_has_the_size_and_the_dropout_of_our_encoder(pretrain_step):
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_dropout")
     assert {name: getattr(peer.config, name) for name in same} == {name: getattr(config, name) for name in same}
     assert batch["mask_time_indices"].shape == batch["sampled_negative_indices"].shape[:2]
+
+
+def test_benchmark_of_the_data_path_prints_its_tables():
+    output = run_script(
+        "benchmarks/data_path.py", "--encoder_options", *TINY_OPTIONS, "--threads", 1, "--updates", 3, "--rounds", 1,
+        "--max_seconds_per_batch", 8, "--decoded_seconds", 5, "--command", "False",
+    ).stdout  # fmt: skip
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line[:1] == "|"]
+    shares = {row[0]: float(row[3].split()[0]) for row in rows if len(row) == 4 and row[1][:1].isdigit()}
+    assert shares.pop("bare loop, batches in memory") == 1
+    assert len(shares) == 7
+    assert all(share > 0 for share in shares.values())
+    assert {"decoding, with the rows", "the corpus"} <= {row[0] for row in rows}
+    assert "float32, cpu, 8 s a batch" in output.splitlines()[0]
+
+
+def test_benchmark_of_transcription_measures_every_model_in_every_way_and_refuses_what_it_does_not_know(capsys):
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmarks" / "transcribe.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    options = ["--sizes", "tiny", "--seconds", "1", "--batch_sizes", "2", "--rounds", "1", "--frame_rates", "25"]
+    options += ["--dtypes", "int8", "--peer_dtypes", "float32", "--threads", "1"]
+    benchmark.main(options)
+    first, _, *table = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"\d{4}-\d\d-\d\d, .*, 1 threads of \d+ cores, Python \S+, torch \S+, transformers \S+; no dropout", first
+    )
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [(row[1], row[3], row[5]) for row in rows] == [
+        (way, *model)
+        for way in ("model", "recognizer", "pipeline")
+        for model in (("Wav2Vec2ForCTC, 50 Hz", "float32"), ("SpeechCLForCTC, 25 Hz", "int8"))
+    ]
+    for row in rows:
+        entry = dict(zip(header, row, strict=True))
+        assert entry["front end"] in ("7 convolutions", "log-mel")
+        peak, call = map(int, re.match(r"(\d+) \((\d+)\)", entry["peak MiB (of the call)"]).groups())
+        assert 0 <= call < peak
+    assert [row[-2] for row in rows[::2]] == ["1.0"] * 3
+    with pytest.raises(ValueError, match="ways must be of model, recognizer, pipeline, found telepathy"):
+        benchmark.Arguments(ways=["telepathy"])

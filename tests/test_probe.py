@@ -19,8 +19,7 @@ from hf_speechcl.evaluation.probe import PhoneProbe, linear_probe
 from hf_speechcl.features import HiddenStates, StackedLogMel
 from hf_speechcl.training.pretrain import main as pretrain
 from tests import reference
-from tests.conftest import FAST_RUN, TINY, TINY_OPTIONS, run_script
-from tests.test_trainer import launch
+from tests.conftest import FAST_RUN, TINY, TINY_OPTIONS, launch, run_script
 
 PHONES = ("p", "o", "n", "i")
 RUN = [

@@ -18,8 +18,7 @@ from hf_speechcl.data.pseudo_labels import SCHEMA, PseudoLabels, recording_key
 from hf_speechcl.recognizer import SpeechRecognizer
 from hf_speechcl.text_policy import TextPolicy
 from hf_speechcl.training import finetune_ctc, make_pseudo_labels
-from tests.conftest import FAST_RUN, ROOT
-from tests.test_trainer import launch
+from tests.conftest import FAST_RUN, ROOT, launch
 
 RATE = 16000
 

@@ -2,95 +2,28 @@
 
 import json
 import re
-from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
 from transformers import (
-    HubertConfig,
-    HubertForCTC,
     MoonshineConfig,
     MoonshineForConditionalGeneration,
-    ParakeetCTCConfig,
-    ParakeetFeatureExtractor,
-    ParakeetForCTC,
-    Wav2Vec2Config,
-    Wav2Vec2ConformerConfig,
-    Wav2Vec2ConformerForCTC,
     Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForCTC,
-    WavLMConfig,
-    WavLMForCTC,
 )
 
-from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLModel
+from hf_speechcl import SpeechCLModel
 from hf_speechcl.__main__ import COMMANDS
 from hf_speechcl.ctc import build_processor
-from hf_speechcl.data.audio import AudioError, read_audio, stream_audio
+from hf_speechcl.data.audio import AudioError, read_audio
 from hf_speechcl.decoding import DecodingArguments, Transcript, Word
-from hf_speechcl.int8 import Int8Linear, quantize_linear
-from hf_speechcl.recognizer import DTYPES, ComputingArguments, SpeechRecognizer, check_dtype
+from hf_speechcl.recognizer import SpeechRecognizer
 from hf_speechcl.recordings import (
     RecordingArguments,
-    batch_by_length,
     cut_windows,
-    find_utterances,
-    group_windows,
-    measure_levels,
 )
 from hf_speechcl.transcribe import find_recordings, main, make_cues, render
-
-from .conftest import ROOT, TINY
-
-RATE = 16000
-TEXT = "the quick brown fox jumps over a lazy dog"
-SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
-    "pad_token_id": 0,
-}
-LAYER_NORM = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
-CONVOLUTIONS = {"conv_dim": (8,) * 7}
-
-
-def tiny_recognizer(name: str) -> SpeechRecognizer:
-    torch.manual_seed(0)
-    processor = build_processor([TEXT], RATE)
-    size = len(processor.tokenizer)
-    features = processor.feature_extractor
-    if name == "speechcl":
-        model = SpeechCLForCTC(SpeechCLConfig(**{**TINY, "vocab_size": size, "pad_token_id": 0, "sliding_window": 4}))
-    elif name == "parakeet":
-        encoder = {
-            name: value for name, value in SMALL.items() if not name.startswith("num_conv") and name != "pad_token_id"
-        }
-        encoder |= {"subsampling_conv_channels": 4, "num_mel_bins": 16, "conv_kernel_size": 5, "num_key_value_heads": 2}
-        model = ParakeetForCTC(ParakeetCTCConfig(vocab_size=size, encoder_config=encoder, pad_token_id=0))
-        features = ParakeetFeatureExtractor(feature_size=16)
-    else:
-        options = {**SMALL, **CONVOLUTIONS, "vocab_size": size}
-        if name == "wav2vec2 (group)":
-            features = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False)
-        else:
-            options |= LAYER_NORM
-            features = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-        classes = {
-            "hubert": (HubertForCTC, HubertConfig),
-            "wavlm": (WavLMForCTC, WavLMConfig),
-            "conformer": (Wav2Vec2ConformerForCTC, Wav2Vec2ConformerConfig),
-        }
-        model_class, config_class = classes.get(name, (Wav2Vec2ForCTC, Wav2Vec2Config))
-        model = model_class(config_class(**options))
-    return SpeechRecognizer(model, features, processor.tokenizer)
+from tests.recognizers import RATE, TEXT, tiny_recognizer, write
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +37,6 @@ def model_folder(tmp_path_factory, recognizer):
     for part in (recognizer.model, recognizer.feature_extractor, recognizer.tokenizer):
         part.save_pretrained(folder)
     return folder
-
-
-def write(file, samples, rate=RATE):
-    soundfile.write(file, samples, rate, subtype="FLOAT")
-    return str(file)
 
 
 @pytest.mark.parametrize(
@@ -174,69 +102,6 @@ def test_uncut_recording_has_the_words_of_the_whole_clip_at_any_rate_and_number_
             assert word.confidence == pytest.approx(other.confidence, rel=1e-3)
 
 
-@pytest.mark.parametrize("rate", [8000, 16000, 22050, 48000])
-def test_streamed_audio_is_the_audio_read_at_once(clips, tmp_path, rate):
-    audio = {"path": write(tmp_path / "a.wav", np.stack([clips[3], 0.5 * clips[3]], 1), rate)}
-    blocks = list(stream_audio(audio, RATE, block_seconds=0.3))
-    expected = read_audio(audio, RATE)
-    streamed = np.concatenate(blocks)
-    assert abs(len(streamed) - len(expected)) <= 1
-    size = min(len(streamed), len(expected))
-    np.testing.assert_allclose(streamed[:size], expected[:size], atol=1e-3)
-    assert max(map(len, blocks)) < RATE
-
-
-def test_utterances_lie_between_pauses_even_in_noise(clips):
-    rng = np.random.default_rng(0)
-    speech = [clip / np.abs(clip).max() for clip in clips[:4]]
-    for noise in (0.0, 1e-4, 1e-2):
-        parts, spans, place = [], [], 0
-        for clip in speech:
-            gap = int((0.9 + 0.3 * rng.random()) * RATE)
-            parts += [np.zeros(gap, np.float32), clip]
-            spans.append((place + gap, place + gap + len(clip)))
-            place += gap + len(clip)
-        samples = np.concatenate(parts) + noise * rng.normal(size=place).astype(np.float32)
-        levels, num_samples = measure_levels(np.array_split(samples, 5), RATE)
-        assert num_samples == place
-        found = find_utterances(levels, num_samples, RATE, pause_seconds=0.6)
-        assert len(found) == len(spans), noise
-        for (begin, end), (first, last) in zip(found, spans):
-            assert first - 0.35 * RATE <= begin <= first + 0.3 * RATE
-            assert last - 0.6 * RATE <= end <= last + 0.35 * RATE
-        on_frames = find_utterances(levels, num_samples, RATE, pause_seconds=0.6, grid=640)
-        assert [begin // 640 * 640 for begin, _ in found] == [begin for begin, _ in on_frames]
-        assert find_utterances(levels, num_samples, RATE, pause_seconds=0) == [(0, place)]
-    halves = find_utterances(levels, num_samples, RATE, pause_seconds=0, max_seconds=4)
-    assert [begin for begin, _ in halves[1:]] == [end for _, end in halves[:-1]]
-    assert max(end - begin for begin, end in halves) <= 4 * RATE
-    assert find_utterances(*measure_levels([], RATE), RATE, pause_seconds=0.5) == []
-
-
-def test_clip_without_a_pause_is_read_as_it_is(clips):
-    for clip in clips:
-        levels, num_samples = measure_levels([clip], RATE)
-        assert find_utterances(levels, num_samples, RATE, 3.0) == [(0, len(clip))]
-    padded = np.concatenate([np.zeros(4 * RATE, np.float32), clips[2], np.zeros(4 * RATE, np.float32)])
-    ((begin, end),) = find_utterances(*measure_levels([padded], RATE), RATE, 3.0)
-    assert 3.5 * RATE < begin < 4.3 * RATE
-    assert len(padded) - 4.3 * RATE < end < len(padded) - 3.5 * RATE
-
-
-def test_windows_hold_no_more_than_a_chunk_of_the_recording():
-    recording = (np.full(1000, block, np.float32) for block in range(500))
-    utterances = [(1500, 3500), (10_000, 10_001), (20_000, 450_000)]
-    windows = list(cut_windows(recording, utterances, length=6000, stride=1000))
-    assert max(len(window.samples) for window in windows) <= 6000
-    place = [begin for begin, _ in utterances]
-    for window in windows:
-        assert window.samples[window.left] == place[0] // 1000
-        place[0] += window.length
-        if window.is_last:
-            assert place.pop(0) == utterances[len(utterances) - len(place) - 1][1]
-    assert place == []
-
-
 def test_words_of_utterances_have_the_times_of_the_recording(recognizer, clips, tmp_path):
     silence = np.zeros(2 * RATE, np.float32)
     file = write(tmp_path / "a.wav", np.concatenate([silence, clips[1], silence, clips[2]]))
@@ -272,25 +137,6 @@ def test_utterances_read_together_have_the_transcripts_they_have_alone(name, cli
         assert [word.start for word in left.words] == [word.start for word in right.words]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 60))
-def test_batches_hold_every_window_once_and_with_padding_no_more_than_they_may(lengths, limit):
-    batches = batch_by_length(lengths, limit)
-    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= limit
-
-
-def test_groups_hold_all_windows_in_their_order_and_no_more_of_the_recording_than_is_needed():
-    read = []
-    blocks = (read.append(block) or np.full(1000, block, np.float32) for block in range(100))
-    groups = group_windows(cut_windows(blocks, [(0, 30_500), (40_000, 100_000)], 6000, 1000), 12_000)
-    first = next(groups)
-    assert [window.samples[window.left] for window in first] == [0, 4, 8]
-    assert len(read) < 20
-    assert sum(window.length for group in [first, *groups] for window in group) == 90_500
-
-
 def test_clips_without_padding_have_no_attention_mask(recognizer, clips, monkeypatch):
     masked = []
     forward = recognizer.model.forward
@@ -301,113 +147,6 @@ def test_clips_without_padding_have_no_attention_mask(recognizer, clips, monkeyp
     recognizer.log_probs([clips[0], clips[0][::-1].copy()])
     recognizer.log_probs(clips[:2])
     assert masked == [False, False, True]
-
-
-# Precision
-
-
-def int8_linear(inputs, linear):
-    """An 8-bit linear layer number by number."""
-    outputs = torch.zeros(len(inputs), linear.out_features)
-    for row, values in enumerate(inputs):
-        step = values.abs().max() / 127
-        for column, weights in enumerate(linear.weight):
-            size = weights.abs().max() / 127
-            product = sum((values / step).round() * (weights / size).round())
-            outputs[row, column] = product * step * size + linear.bias[column]
-    return outputs
-
-
-@torch.no_grad()
-def test_int8_layer_is_the_rounded_product_and_a_loud_frame_leaves_the_others_alone():
-    linear, inputs = nn.Linear(64, 8), torch.randn(2, 3, 64)
-    layer = Int8Linear(linear)
-    outputs = layer(inputs)
-    torch.testing.assert_close(outputs.flatten(0, 1), int8_linear(inputs.flatten(0, 1), linear), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(outputs, linear(inputs), rtol=0, atol=0.03)
-    loud = torch.cat([inputs, 1000 * inputs[:1]])
-    assert torch.equal(layer(loud)[:2], outputs)
-    assert torch.equal(layer(torch.zeros(1, 64)), linear.bias[None])
-
-
-def test_int8_stands_for_every_linear_layer_but_small_ones():
-    model = SpeechCLForCTC(SpeechCLConfig(**{**TINY, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 30}))
-    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    quantize_linear(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
-    assert len(layers) == 2 * 6
-    assert {layer.integers.dtype for layer in layers} == {torch.int8}
-    assert sum(layer.integers.numel() for layer in layers) > 0.9 * weights
-    assert type(model.lm_head) is nn.Linear
-
-
-def test_int8_is_refused_where_its_products_overflow(monkeypatch):
-    monkeypatch.setattr(torch, "_int_mm", lambda left, right: (left.int() @ right.int()).clamp(-32768, 32767))
-    with pytest.raises(ValueError, match="dtype int8: the products of this processor overflow; use float32"):
-        quantize_linear(nn.Linear(64, 64))
-
-
-@pytest.mark.parametrize("name", ["speechcl", "wav2vec2", "wavlm"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_posteriors_of_other_dtypes_are_near_those_of_float32(name, dtype, clips, tmp_path):
-    torch.manual_seed(0)
-    processor = build_processor([TEXT], RATE)
-    options = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": len(processor.tokenizer), "pad_token_id": 0}
-    if name == "speechcl":
-        model = SpeechCLForCTC(SpeechCLConfig(**{**TINY, **options}))
-    else:
-        model_class, config = (Wav2Vec2ForCTC, Wav2Vec2Config) if name == "wav2vec2" else (WavLMForCTC, WavLMConfig)
-        model = model_class(config(**{**SMALL, **CONVOLUTIONS, **LAYER_NORM, **options}))
-    for part in (model, processor):
-        part.save_pretrained(tmp_path)
-    recognizer = SpeechRecognizer.from_pretrained(tmp_path, dtype=dtype)
-    layers = {type(layer) for layer in recognizer.model.modules()}
-    assert (recognizer.model.dtype, Int8Linear in layers) == (
-        (torch.bfloat16, False) if dtype == "bfloat16" else (torch.float32, True)
-    )
-    expected = SpeechRecognizer.from_pretrained(tmp_path).log_probs(clips[:3])
-    for found, reference in zip(recognizer.log_probs(clips[:3]), expected, strict=True):
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, reference, atol=0.1)
-        assert np.abs(found - reference).max() > 0
-
-
-def test_unknown_precision_and_int8_on_an_accelerator_are_refused():
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, int8, found 'float16'"):
-        ComputingArguments(device="cpu", dtype="float16")
-    with pytest.raises(
-        ValueError, match="dtype int8 is for the cpu, found device cuda:1: use bfloat16, or the device cpu"
-    ):
-        check_dtype("int8", torch.device("cuda:1"))
-    for dtype in DTYPES:
-        assert ComputingArguments(device="cpu", dtype=dtype).torch_device == torch.device("cpu")
-
-
-def test_benchmark_measures_every_model_in_every_way_and_refuses_what_it_does_not_know(capsys):
-    spec = spec_from_file_location("benchmark", ROOT / "scripts" / "benchmarks" / "transcribe.py")
-    benchmark = module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    options = ["--sizes", "tiny", "--seconds", "1", "--batch_sizes", "2", "--rounds", "1", "--frame_rates", "25"]
-    options += ["--dtypes", "int8", "--peer_dtypes", "float32", "--threads", "1"]
-    benchmark.main(options)
-    first, _, *table = capsys.readouterr().out.splitlines()
-    assert re.match(
-        r"\d{4}-\d\d-\d\d, .*, 1 threads of \d+ cores, Python \S+, torch \S+, transformers \S+; no dropout", first
-    )
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert [(row[1], row[3], row[5]) for row in rows] == [
-        (way, *model)
-        for way in ("model", "recognizer", "pipeline")
-        for model in (("Wav2Vec2ForCTC, 50 Hz", "float32"), ("SpeechCLForCTC, 25 Hz", "int8"))
-    ]
-    for row in rows:
-        entry = dict(zip(header, row, strict=True))
-        assert entry["front end"] in ("7 convolutions", "log-mel")
-        peak, call = map(int, re.match(r"(\d+) \((\d+)\)", entry["peak MiB (of the call)"]).groups())
-        assert 0 <= call < peak
-    assert [row[-2] for row in rows[::2]] == ["1.0"] * 3
-    with pytest.raises(ValueError, match="ways must be of model, recognizer, pipeline, found telepathy"):
-        benchmark.Arguments(ways=["telepathy"])
 
 
 def test_speech_to_text_models_are_heard_through_the_pipeline(clips, tmp_path):

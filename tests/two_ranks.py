@@ -1,4 +1,4 @@
-"""Run by torch.distributed.run from test_trainer.py: gradients of every objective, the clips spread over the ranks."""
+"""Run by torch.distributed.run from test_processes.py: gradients of every objective, its clips on both ranks."""
 
 import sys
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_speechcl import load_corpus
 from hf_speechcl.distributed import leaves_launch
-from tests.test_trainer import KINDS, gradients, make_pretraining_trainer, objectives_of, quiet_gumbel_softmax
+from tests.trainers import KINDS, gradients, make_pretraining_trainer, objectives_of, quiet_gumbel_softmax
 
 # For every rank the clips of its micro-batches.
 SPREADS = {"one batch each": [[[0, 1, 2]], [range(3, 12)]], "two each": [[[0], range(1, 5)], [range(5, 10), [10, 11]]]}

@@ -1,0 +1,117 @@
+"""A killed run goes on where it was."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
+from hf_speechcl.training.pretrain import main as pretrain
+from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
+from hf_speechcl.training.trainer import find_checkpoint, keep_options
+from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
+
+
+def test_a_run_does_not_go_on_under_other_options(tmp_path):
+    def keep(checkpoint, **changes):
+        args = SpeechTrainingArguments(output_dir=str(tmp_path), use_cpu=True, seed=changes.pop("seed", 0))
+        keep_options(args, checkpoint, PretrainingDataArguments(**changes))
+
+    keep(None)
+    keep("checkpoint-1")
+    with pytest.raises(ValueError, match=r"begun with mask_prob=0.65, now 0.3: give the same"):
+        keep("checkpoint-1", mask_prob=0.3)
+    with pytest.raises(ValueError, match=r"seed=0, now 7"):
+        keep("checkpoint-1", seed=7)
+    keep(None, mask_prob=0.3)
+
+
+def test_find_checkpoint(tmp_path):
+    assert find_checkpoint(str(tmp_path), None) is None
+    assert find_checkpoint(str(tmp_path), "last") is None
+    (tmp_path / "checkpoint-best").mkdir()
+    for step, state in ((8, '{"global_step": 8}'), (9, ""), (10, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert find_checkpoint(str(tmp_path), "last") == str(tmp_path / "checkpoint-8")
+    with pytest.raises(
+        FileExistsError, match="holds checkpoint-8 of an earlier run: pass --resume_from_checkpoint last"
+    ):
+        find_checkpoint(str(tmp_path), None)
+    with pytest.raises(FileNotFoundError, match="not a complete checkpoint"):
+        find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-9"))
+
+
+def pretraining_command(output_dir, max_steps, *more):
+    return [
+        "--output_dir", output_dir, "--max_steps", max_steps, "--objectives", "best_rq=1", "wav2vec2=0.5",
+        "--encoder_options", *TINY_OPTIONS, "hidden_dropout=0.1", "layerdrop=0.2", *FAST_RUN,
+        "--save_strategy", "steps", *more,
+    ]  # fmt: skip
+
+
+def test_run_killed_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(tmp_path):
+    steps = 55  # past the first epoch's end
+    command = pretraining_command(tmp_path / "whole", steps, "--save_steps", 100)
+    command[command.index("12")] = "30"
+    run_script("pretrain.py", *command)
+
+    command = pretraining_command(tmp_path / "killed", steps, "--save_steps", 25)
+    command[command.index("12")] = "30"
+    script = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *map(str, command)]
+    process = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not (tmp_path / "killed" / "checkpoint-25" / "trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+
+    refused = run_script("pretrain.py", *command, check=False)
+    assert refused.returncode
+    assert "pass --resume_from_checkpoint last" in refused.stderr
+    resumed = run_script("pretrain.py", *command, "--resume_from_checkpoint", "last")
+    assert "resuming from" in resumed.stderr
+    whole, again = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "killed"))
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+
+
+def test_run_with_batches_made_ahead_resumes_within_an_epoch_and_ends_with_the_same_weights(tmp_path, monkeypatch):
+    """The thread that is for accelerators, here on a CPU, with validation while it still reads."""
+    begin = PretrainingTrainer.__init__
+
+    def begin_ahead(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self.makes_ahead = True
+
+    weights = {}
+    for run in ("plain", "ahead", "resumed"):
+        if run == "ahead":
+            monkeypatch.setattr(PretrainingTrainer, "__init__", begin_ahead)
+        command = pretraining_command(tmp_path / run, 9, "--save_steps", 5, "--eval_strategy", "steps")
+        command += ["--eval_steps", 2]
+        if run == "resumed":
+            command += ["--resume_from_checkpoint", tmp_path / "ahead" / "checkpoint-5"]
+        pretrain([str(part) for part in command])
+        weights[run] = load_file(tmp_path / run / "model.safetensors")
+    torch.testing.assert_close(weights["ahead"], weights["plain"], rtol=0, atol=0)
+    torch.testing.assert_close(weights["resumed"], weights["plain"], rtol=0, atol=0)
+
+
+def test_run_that_compares_clips_of_several_micro_batches_resumes_exactly(tmp_path):
+    command = ["--max_steps", 6, "--objectives", "info_nce=1", "--gradient_accumulation_steps", 2]
+    command += ["--encoder_options", *TINY_OPTIONS, "hidden_dropout=0.3", *FAST_RUN, "--save_strategy", "steps"]
+    for run, more in {"whole": ["--save_steps", 4], "resumed": []}.items():
+        if run == "resumed":
+            more = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-4"]
+        pretrain([str(part) for part in [*command, "--output_dir", tmp_path / run, *more]])
+    whole, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "resumed"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
