@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled
 from transformers.training_args import OptimizerNames
+from yaml import YAMLError
 
 from . import __version__
 from .citations import bibtex
@@ -165,13 +166,15 @@ def find_license(source: str) -> str | None:
     if path.exists():
         folder = path if path.is_dir() else path.parent
         for file in sorted(folder.glob("LICEN[CS]E*")) + sorted(folder.glob("COPYING*")):
+            if not file.is_file():
+                continue
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             first = next((line.strip("#*= \t") for line in lines if line.strip("#*= \t")), "")
             return f"{first[:200]} (first line of its {file.name})"
         return None
     try:
         stated = DatasetCard.load(source.partition(":")[0]).data.get("license")
-    except (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, OSError, ValueError) as error:
+    except (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, OSError, ValueError, YAMLError) as error:
         logger.warning("the licence of %s was not found: %s", source, type(error).__name__)
         return None
     return ", ".join(stated) if isinstance(stated, list) else stated
@@ -242,7 +245,9 @@ def metrics_table(metrics: dict[str, float]) -> str:
 
 def error_rate_results(results: dict) -> list[EvalResult]:
     """Word and character error rates of scripts/evaluate.py as entries of a model-index, in percent."""
-    corpus, _, config = ", ".join(results["corpus"]).partition(":")
+    corpus, config = ", ".join(results["corpus"]), ""
+    if len(results["corpus"]) == 1 and "/" in corpus:  # a name on the Hub
+        corpus, _, config = corpus.partition(":")
     about = {
         "text_normalization": results["text_normalization"],
         "decoding": results["decoding"],

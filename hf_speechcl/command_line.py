@@ -46,6 +46,15 @@ def parse_arguments(types: list[type], description: str, argv: list[str] | None 
     return tuple(parsed)
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes true and false alone for truth values, as YAML 1.2 does: `no` may be an answer, or Norwegian."""
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if first in "tTfF" or not pair[0].endswith(":bool")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
@@ -61,16 +70,17 @@ def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     if not file.is_file():
         parser.error(f"--config {file}: no such file")
     try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        options = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"--config {file}: not YAML ({error})")
     if not isinstance(options, dict):
         parser.error(f"--config {file}: expected OPTION: VALUE lines, found {type(options).__name__}")
-    if unknown := sorted(set(options) - {action.dest for action in parser._actions}):
+    defaults = {action.dest: action.default for action in parser._actions}
+    if unknown := sorted(set(options) - set(defaults)):
         parser.error(f"--config {file}: unknown options: {', '.join(unknown)} (see --help)")
     argv = []
     for name, value in options.items():
-        if value is not None:
+        if value is not None and value != defaults[name]:
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             argv += [f"--{name}", *map(str, values)]
     return argv
@@ -83,7 +93,10 @@ def parse_assignments(assignments: list[str], field: str) -> dict:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise ValueError(f"{field}: expected NAME=VALUE, found {assignment!r}")
-        number = yaml.safe_load(value)
+        try:
+            number = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{field}: {assignment!r} is not YAML ({error})") from None
         try:  # YAML takes 1e-3, without a point, for a string
             values[name] = float(number) if isinstance(number, str) else number
         except ValueError:

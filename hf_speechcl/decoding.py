@@ -214,6 +214,9 @@ class BeamDecoder:
 
             class WithHotWords(LanguageModel):
                 def score(self, prev_state, word, is_last_word=False):
+                    if not word:  # of a hypothesis that ends between words, or has none
+                        end = self._get_raw_end_score(prev_state) if is_last_word else 0.0
+                        return self.alpha * end * math.log(10), prev_state
                     score, state = super().score(prev_state, word, is_last_word)
                     if word in unknown:  # spared what other words pay that the n-gram does not know
                         score -= self.alpha * self.unk_score_offset * math.log(10)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from .cards import CARD, CURVES, error_rate_results, fill_results, rename_model, result_key
 from .modeling_speechcl import REMOTE_CODE
@@ -91,6 +93,11 @@ def find_model(name: str | Path) -> str:
         raise FileNotFoundError(f"no folder {name} here, and no Hub name, which is user/name") from None
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{repo_id} has no branch, tag or commit {revision!r}") from None
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{repo_id} is gated: accept its terms at {constants.ENDPOINT}/{repo_id}, then log in there with `hf "
+            "auth login` or set HF_TOKEN"
+        ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"no folder {name} here, and no such model on the Hub; if it is private, log in with `hf auth login` or "
@@ -100,6 +107,12 @@ def find_model(name: str | Path) -> str:
         raise FileNotFoundError(
             f"no folder {name} here, and the Hub cannot be reached, nor was it downloaded before: {error}"
         ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        raise FileNotFoundError(
+            f"no folder {name} here, and the Hub does not know your token: log in with `hf auth login` again"
+        ) from error
 
 
 def published_files(folder: str | Path) -> list[Path]:
@@ -107,7 +120,8 @@ def published_files(folder: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: something that a published model needs is missing.
-        ValueError: it holds two models, or its configuration does not say which class of the shipped files is for what.
+        ValueError: it holds two models, its configuration does not say which class of the shipped files is for what, or
+            its card cannot be read.
     """
     folder = Path(folder)
     found = sorted(path for path in folder.glob("*") if path.is_file())
@@ -130,6 +144,10 @@ def published_files(folder: str | Path) -> list[Path]:
             f"{folder} has no {CARD}: a model goes to the Hub with its card, which the training scripts write when a "
             "run ends; in a checkpoint's folder, write one"
         )
+    try:
+        ModelCard.load(folder / CARD)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"{folder / CARD}: its metadata cannot be read: {error}") from None
     auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
     if missing := sorted(set(REMOTE_CODE.items()) - set(auto_map.items())):
         raise ValueError(
@@ -235,15 +253,20 @@ def publish(
                 Path(stage, CARD).write_text(card, encoding="utf-8")
             else:
                 Path(stage, file.name).symlink_to(file.resolve())
-        commit = _retry(
-            lambda: api.upload_folder(
-                repo_id=repo_id,
-                folder_path=stage,
-                revision=revision,
-                commit_message=commit_message or "Model of hf_speechcl",
-                delete_patterns=list(PUBLISHED),
-            )
-        )
+
+        def upload():
+            try:
+                return api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=stage,
+                    revision=revision,
+                    commit_message=commit_message or "Model of hf_speechcl",
+                    delete_patterns=list(PUBLISHED),
+                )
+            except RuntimeError as error:  # what failed on the way of large files is behind it
+                raise error.__cause__ or error from None
+
+        commit = _retry(upload)
         if tag:
             _retry(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True))
     return commit.commit_url

@@ -1,7 +1,10 @@
 """Texts → a word n-gram for beam search, as an ARPA file."""
 
+import gzip
 import logging
 import math
+import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,10 +153,12 @@ def _discounts(table: dict[tuple[str, ...], int], length: int) -> tuple[float, f
 
 
 def read_words(file: str | Path) -> set[str] | None:
-    """The words of an ARPA file; None of a file that is none, such as kenlm's binaries."""
+    """The words of an ARPA file, which may be compressed by gzip; None of another file, such as kenlm's binaries."""
     words = set()
-    with open(file, "rb") as arpa:
-        if not arpa.read(1000).lstrip().startswith(b"\\data\\"):
+    with open(file, "rb") as begin:
+        is_compressed = begin.read(2) == b"\x1f\x8b"
+    with gzip.open(file) if is_compressed else open(file, "rb") as arpa:
+        if not re.match(rb"(\s|#.*\n)*\\data\\", arpa.read(10_000)):
             return None
         arpa.seek(0)
         for line in arpa:
@@ -189,12 +194,22 @@ def text_policy_of(model: str) -> TextPolicy:
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments([LanguageModelArguments], DESCRIPTION, argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        _build(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _build(args: LanguageModelArguments) -> None:
     policy = text_policy_of(args.model) if args.model is not None else TextPolicy(casing=args.casing or "lower")
     print(f"texts: {policy}")
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
     texts = []
     for file in args.text_files:
-        texts += Path(file).read_text(encoding="utf-8").splitlines()
+        try:
+            texts += Path(file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text_files: {file} is not UTF-8 text: {error}") from None
     if args.corpus:
         texts += load_corpus(args.corpus, args.split, text_column=args.text_column, require_text=True)["text"]
     texts = [text for text in texts if text and policy(text)]

@@ -37,6 +37,7 @@ SPEECH_TO_TEXT = {
 }
 # Model types that read a clip in a padded batch as they read it alone.
 IGNORES_PADDING = {"speechcl", "wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "parakeet_ctc"}
+SHORTEST_SECONDS = 0.1  # that a model of another kind is given
 STRIDE_SECONDS = 4.0  # surroundings of a chunk, for models that attend to all of it
 BATCH_SECONDS = 15.0  # of short utterances of a recording, read together; more is slower on a CPU
 GROUP_SECONDS = 60.0  # of a recording are at hand to be batched by their length
@@ -241,7 +242,7 @@ class SpeechRecognizer:
         """
         recording = recording or RecordingArguments()
         audio = audio if isinstance(audio, dict) else {"bytes": None, "path": str(audio)}
-        length, stride = self._chunk(recording.chunk_seconds)
+        length, stride = self.chunk(recording.chunk_seconds)
         levels, num_samples = measure_levels(stream_audio(audio, self.sampling_rate), self.sampling_rate)
         utterances = find_utterances(
             levels,
@@ -284,8 +285,12 @@ class SpeechRecognizer:
             found.update(zip(batch, self.log_probs([windows[place].samples for place in batch])))
         return [found[place] for place in range(len(windows))]
 
-    def _chunk(self, chunk_seconds: float) -> tuple[int, int]:
-        """Samples of a window and of its surroundings to either side."""
+    def chunk(self, chunk_seconds: float) -> tuple[int, int]:
+        """Samples of a window of `chunk_seconds` and of its surroundings to either side.
+
+        Raises:
+            ValueError: the window has no room between its surroundings.
+        """
         if self.kind == "seq2seq":
             return math.ceil(chunk_seconds * self.sampling_rate), 0
         if reach := getattr(self.model.config, "layer_reach", None):
@@ -317,6 +322,7 @@ class SpeechRecognizer:
     def _generate(self, waveform: np.ndarray) -> Transcript:
         if len(waveform) == 0:
             return Transcript("", None, None)
+        waveform = np.pad(waveform, (0, max(0, round(SHORTEST_SECONDS * self.sampling_rate) - len(waveform))))
         # Whisper reads more than it takes at once when it may mark the times itself.
         longest = getattr(self.feature_extractor, "n_samples", math.inf)
         options = {"return_timestamps": True} if len(waveform) > longest else {}
@@ -328,6 +334,8 @@ def _samples_per_frame(model, feature_extractor) -> int:
     encoder = getattr(model.config, "encoder_config", model.config)
     if model.main_input_name != "input_values" and hasattr(encoder, "subsampling_factor"):
         return feature_extractor.hop_length * encoder.subsampling_factor
+    if getattr(model.config, "add_adapter", False):
+        return model.config.inputs_to_logits_ratio * model.config.adapter_stride**model.config.num_adapter_layers
     return model.config.inputs_to_logits_ratio
 
 

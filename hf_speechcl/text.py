@@ -4,6 +4,7 @@ import re
 import unicodedata
 from functools import cache
 
+ZERO_WIDTH_SPACE = "\u200b"  # between words where no space is written, as in Khmer
 NORMALIZATIONS = ("none", "basic", "whisper_english")
 
 
@@ -12,9 +13,10 @@ def normalize_text(text: str, method: str = "basic") -> str:
 
     Args:
         method: "basic" (Unicode NFKC, lower case; letters, marks, digits and apostrophes within words are kept,
-            everything else becomes a space), "whisper_english" (as English results of Whisper are scored: besides
-            lower case and no punctuation, numbers as digits, American spelling, contractions and titles in full, no
-            "um" and no text in brackets), or "none" (only white space is collapsed).
+            invisible format characters left out, everything else becomes a space), "whisper_english" (as English
+            results of Whisper are scored: besides lower case and no punctuation, numbers as digits, American spelling,
+            contractions and titles in full, no "um" and no text in brackets), or "none" (only white space is
+            collapsed).
 
     Raises:
         ValueError: no such method.
@@ -32,10 +34,14 @@ def normalize_text(text: str, method: str = "basic") -> str:
 
 
 def remove_punctuation(text: str) -> str:
-    """Letters, marks, digits and apostrophes within words are kept, everything else becomes a space."""
-    text = text.replace("’", "'")
-    text = "".join(char if char == "'" or unicodedata.category(char)[0] in "LMN" else " " for char in text)
-    return " ".join(re.sub(r"(?<!\w)'|'(?!\w)", " ", text).split())
+    """Letters, marks, digits and apostrophes within words are kept, everything else becomes a space, but format
+    characters, such as joiners and soft hyphens, which are within words, nothing."""
+    text = text.replace("’", "'").replace(ZERO_WIDTH_SPACE, " ")
+    text = "".join(
+        char if char == "'" or category[0] in "LMN" else "" if category == "Cf" else " "
+        for char, category in zip(text, map(unicodedata.category, text))
+    )
+    return " ".join(re.sub(r"(?<![^\s'])'|'(?![^\s'])", " ", text).split())
 
 
 @cache

@@ -25,7 +25,7 @@ def spell_numbers(text: str, language: str = "en") -> str:
     """Numbers as words: "call 4 of 1,200" → "call four of one thousand, two hundred".
 
     Decimals and English ordinals (4th) are read as such, a number with a leading zero digit by digit, everything else,
-    a year too, as a cardinal number.
+    a year too, as a cardinal number; digits with spaces between them, as in telephone numbers, as several.
 
     Args:
         language: a code that num2words knows, such as en, de, fr, es, ru.
@@ -38,7 +38,7 @@ def spell_numbers(text: str, language: str = "en") -> str:
     thousands, decimal = (",", ".") if language.startswith(DECIMAL_POINT) else (".", ",")
     number = rf"(?P<whole>\d{{1,3}}(?:[{thousands}]\d{{3}})+(?!\d)|\d+)(?:[{decimal}](?P<fraction>\d+))?"
     if language.startswith("en"):
-        number += r"(?P<ordinal>(?:st|nd|rd|th)\b)?"
+        number += r"(?P<ordinal>(?i:st|nd|rd|th)\b)?"
 
     def in_words(match: re.Match) -> str:
         whole, fraction = match["whole"].replace(thousands, ""), match["fraction"]
@@ -49,7 +49,7 @@ def spell_numbers(text: str, language: str = "en") -> str:
                 words = say(Decimal(f"{whole}.{fraction}"))
             else:
                 words = say(int(whole), to="ordinal" if match.groupdict().get("ordinal") else "cardinal")
-        except (NotImplementedError, OverflowError):  # more than the language has words for
+        except Exception:  # what num2words raises where a language has no words for a number differs
             words = " ".join(say(int(digit)) for digit in whole + (fraction or ""))
         before, after = text[: match.start()][-1:], text[match.end() :][:1]
         return " " * before.isalnum() + words + " " * after.isalnum()

@@ -1,7 +1,10 @@
 """Audio files → text, JSON or subtitles."""
 
+import itertools
 import json
 import logging
+import math
+import os
 import sys
 import textwrap
 from collections import Counter
@@ -15,7 +18,7 @@ from tqdm.auto import tqdm
 from .command_line import option, parse_arguments
 from .data.audio import AudioError
 from .data.folders import AUDIO_SUFFIXES
-from .decoding import DecodingArguments, Transcript, join_transcripts
+from .decoding import DecodingArguments, Transcript, Word, join_transcripts
 from .recognizer import ComputingArguments, SpeechRecognizer
 from .recordings import RecordingArguments
 
@@ -78,6 +81,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {len(recordings)} files: --format {args.format} needs --output_dir")
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
+        if args.output_dir is not None:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            if not os.access(args.output_dir, os.W_OK):
+                raise PermissionError(f"output_dir: nothing may be written into {args.output_dir}")
         recognizer = SpeechRecognizer.from_pretrained(
             args.model,
             device=computing.device,
@@ -85,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             decoding=decoding,
             trust_remote_code=args.trust_remote_code,
         )
+        recognizer.chunk(recording.chunk_seconds)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     stems = Counter(Path(name).with_suffix("") for name in recordings)
@@ -138,7 +146,7 @@ def find_recordings(files: list[str]) -> dict[str, Path]:
 def _transcribe(
     recognizer: SpeechRecognizer, name: str, file: Path, recording: RecordingArguments
 ) -> list[tuple[float, float, Transcript]]:
-    with tqdm(desc=name, unit="s", disable=None, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s") as bar:
+    with tqdm(desc=name, total=0, unit="s", disable=None, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s") as bar:
 
         def progress(done: float, total: float) -> None:
             bar.total = total
@@ -187,7 +195,8 @@ def render(name: str, utterances: list[tuple[float, float, Transcript]], format:
 
 
 def make_cues(utterances: Iterable[tuple[float, float, Transcript]]) -> list[Cue]:
-    """Subtitles: words up to a pause, two lines or six seconds; whole utterances where words have no times."""
+    """Subtitles: words up to a pause, two lines or six seconds; whole utterances where words have no times. A longer
+    word, as in scripts without spaces, is divided evenly."""
     cues: list[Cue] = []
     for begin, finish, transcript in utterances:
         if transcript.words is None:
@@ -195,7 +204,7 @@ def make_cues(utterances: Iterable[tuple[float, float, Transcript]]) -> list[Cue
                 cues.append(Cue(begin, finish, transcript.text))
             continue
         first = True
-        for word in transcript.words:
+        for word in itertools.chain.from_iterable(map(_divide, transcript.words)):
             text = word.text if first else f"{cues[-1].text} {word.text}"
             if (
                 first
@@ -211,6 +220,18 @@ def make_cues(utterances: Iterable[tuple[float, float, Transcript]]) -> list[Cue
         cue.text = "\n".join(textwrap.wrap(cue.text, CUE_CHARACTERS))
         cue.end = cue.end + CUE_LINGERS if following is None else min(cue.end + CUE_LINGERS, following.start)
     return cues
+
+
+def _divide(word: Word) -> list[Word]:
+    """Parts of a word that are no longer than a cue may be."""
+    seconds, size = word.end - word.start, len(word.text)
+    num_parts = max(math.ceil(seconds / CUE_SECONDS), math.ceil(size / (CUE_LINES * CUE_CHARACTERS)), 1)
+    places = [size * part // num_parts for part in range(num_parts + 1)]
+    times = [word.start + seconds * place / max(size, 1) for place in places]
+    return [
+        Word(word.text[first:last], start, end, word.confidence)
+        for (first, last), (start, end) in zip(itertools.pairwise(places), itertools.pairwise(times))
+    ]
 
 
 def _clock(seconds: float, point: str) -> str:

@@ -29,6 +29,10 @@ def frames(samples: int) -> int:
         ("ÄPFEL – Ｆｕｌｌ", "äpfel full"),
         ("हिन्दी", "हिन्दी"),
         ("...", ""),
+        ("می\u200cخواهم", "میخواهم"),
+        ("co\u00adoperate", "cooperate"),
+        ("ភាសា\u200bខ្មែរ", "ភាសា ខ្មែរ"),
+        ("G\u0303'a", "g\u0303'a"),
     ],
 )
 def test_basic_normalization(text, expected):
@@ -124,6 +128,8 @@ def test_clips_with_digits_may_be_left_out():
         ("en", "1,200 of 12", "one thousand, two hundred of twelve"),
         ("en", "the 3rd, 3.5 at 007", "the third, three point five at zero zero seven"),
         ("en", "x2y 1,2", "x two y one,two"),
+        ("en", "4TH of", "fourth of"),
+        ("am", "1999", " ".join(spell_numbers(digit, "am") for digit in "1999")),  # num2words fails
         ("de", "1.200 und 3,5", "eintausendzweihundert und drei Komma fünf"),
     ],
 )

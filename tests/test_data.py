@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import datasets
 import numpy as np
@@ -91,7 +92,32 @@ def not_a_number(clip):
     return wav_bytes(np.where(np.arange(len(clip)) == 100, np.nan, clip), subtype="FLOAT")
 
 
+def without_length(clip):
+    encoded = bytearray(wav_bytes(clip, format="FLAC"))
+    encoded[21] &= 0xF0  # the number of samples, 36 bits of the first block
+    encoded[22:26] = bytes(4)
+    return bytes(encoded)
+
+
+def twice(**format):
+    return lambda clip: wav_bytes(clip, **format) + wav_bytes(clip[::-1], **format)
+
+
+def headless_mp3(clip, mode):
+    """Frames alone, without the one that says how many there are; the first of a high bit rate."""
+    noise = np.random.default_rng(0).uniform(-0.9, 0.9, 16000)
+    sound = np.concatenate([noise, np.zeros(5 * 16000), clip]).astype(np.float32)
+    stream = io.BytesIO()
+    soundfile.write(stream, sound, 16000, format="MP3", bitrate_mode=mode, compression_level=0.5)
+    encoded = stream.getvalue()
+    return len(sound), encoded[encoded.index(encoded[:2], 4) :]
+
+
 BAD_BYTES = {
+    "a_flac_of_unknown_length": (without_length, "does not say how long it is: re-encode"),
+    "two_oggs": (twice(format="OGG", subtype="OPUS"), "several Ogg streams"),
+    "two_mp3s": (twice(format="MP3", subtype="MPEG_LAYER_III"), r"MP3 of [\d.]+ s, [\d.]+ s would be read"),
+    "an_mp3_of_guessed_length": (lambda clip: headless_mp3(clip, "VARIABLE")[1], r"MP3 of [\d.]+ s, [\d.]+ s would"),
     "empty": (lambda clip: b"", "empty file"),
     "text": (lambda clip: b"this is no audio\n" * 100, "not readable as audio"),
     "header_only": (lambda clip: wav_bytes(clip[:0]), "no samples"),
@@ -118,6 +144,14 @@ def test_a_wav_whose_header_does_not_know_its_size_is_read(clips):
     place = encoded.index(b"data") + 4
     encoded[place : place + 4] = b"\xff\xff\xff\xff"  # as written into a pipe
     assert len(read_audio({"bytes": bytes(encoded), "path": None}, 16000)) == len(clips[0])
+
+
+def test_an_mp3_of_constant_bit_rate_needs_no_header(clips):
+    num_samples, encoded = headless_mp3(clips[4], "CONSTANT")
+    picture = b"ID3\x04\0\0\0\x08\0\0" + bytes(8 << 14)
+    audio = {"bytes": picture + encoded + b"TAG" + bytes(125), "path": None}
+    assert abs(len(read_audio(audio, 16000)) - num_samples) < 5000
+    assert read_duration(audio) == pytest.approx(num_samples / 16000, abs=0.3)
 
 
 # ---- corpora ----
@@ -158,6 +192,9 @@ def test_sub_folders_and_jsonl_metadata_make_splits(tmp_path, clips):
         ("data/test/a.wav", "test"),
         ("clips/VAL/speaker/a.wav", "validation"),
         ("dev_team/a.wav", "train"),
+        ("LibriSpeech/dev-clean/84/a.flac", "validation"),
+        ("test.other/a.wav", "test"),
+        ("/home/dev/a.wav", "train"),
         ("speaker/eval/a.wav", "test"),
         ("data/test-00000-of-00002.parquet", "test"),
         ("validation.parquet", "validation"),
@@ -207,6 +244,8 @@ def test_column_that_holds_no_audio_is_named(tmp_path):
         ("metadata.jsonl", b'{"file_name": "a.wav"}\n{"text":\n', "metadata.jsonl, line 2: not JSON"),
         ("metadata.csv", b"file_name,text\na.wav,Hello, world\n", "line 2: more fields than the header has; quote"),
         ("metadata.jsonl", b'["a.wav"]\n', "line 1: no column 'file_name'; it has list"),
+        ("metadata.jsonl", b'{"file_name": 1}\n', "line 1: file_name is 1, expected a path"),
+        ("metadata.csv", b'file_name,text\na.wav,x\nb.wav,"y\nc.wav,z\n', "line 3: unexpected end of data; is a quot"),
     ],
 )
 def test_bad_metadata_is_named_by_file_and_line(file, content, message, tmp_path, clips):
@@ -223,6 +262,48 @@ def test_metadata_may_name_files_by_other_paths(tmp_path, clips):
     (tmp_path / "meta" / "metadata.csv").write_text("file_name,text\n../clips/a.wav,hello\n")
     corpus = load_corpus(str(tmp_path))
     assert (corpus["id"], corpus["text"]) == (["clips/a.wav"], ["hello"])
+
+
+def test_metadata_of_a_split_decide_for_audio_that_is_in_none(tmp_path, clips):
+    (tmp_path / "wavs").mkdir()
+    for number in range(3):
+        soundfile.write(tmp_path / f"wavs/{number}.wav", clips[number], 16000)
+    for number, split in enumerate(("train", "dev", "test")):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,text\n../wavs/{number}.wav,{split}\n")
+    assert corpus_splits(str(tmp_path)) == ["test", "train", "validation"]
+    assert [load_corpus(str(tmp_path), split)["id"] for split in ("train", "validation", "test")] == [
+        ["wavs/0.wav"], ["wavs/1.wav"], ["wavs/2.wav"],
+    ]  # fmt: skip
+    (tmp_path / "test/metadata.csv").write_text("file_name,text\n../wavs/1.wav,x\n")
+    with pytest.raises(ValueError, match="test/metadata.csv: wavs/1.wav is named in the metadata of split validation"):
+        corpus_splits(str(tmp_path))
+
+
+def test_absolute_paths_into_the_folder_are_files_of_it(tmp_path, clips):
+    folder = tmp_path / "dev/corpus"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        soundfile.write(folder / f"{number}.wav", clips[number], 16000)
+    soundfile.write(tmp_path / "dev/2.wav", clips[2], 16000)
+    names = [folder / "0.wav", folder / "1.wav", tmp_path / "dev/2.wav"]
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},text\n" for name in names))
+    corpus = load_corpus(str(folder))
+    assert corpus["id"] == ["0.wav", "1.wav", str(names[2])]
+    assert corpus["text"] == ["text"] * 3
+
+
+def test_a_name_that_is_not_utf8_is_skipped_and_logged(audio_folder, caplog):
+    os.rename(audio_folder / "clip3.wav", os.fsencode(audio_folder) + b"/caf\xe9.wav")
+    assert len(load_corpus(str(audio_folder), require_text=False)) == 3
+    assert r"skipped 'caf\udce9.wav': its name is not UTF-8" in caplog.text
+
+
+def test_a_parquet_folder_may_have_the_signs_of_patterns_in_its_name(tmp_path, clips):
+    (tmp_path / "corpus [v2]*").mkdir()
+    table = {"audio": [{"bytes": wav_bytes(clips[0]), "path": "a.wav"}], "text": ["a"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "corpus [v2]*/train.parquet")
+    assert load_corpus(str(tmp_path / "corpus [v2]*"))["text"] == ["a"]
 
 
 def test_parquet_folder_with_splits_and_other_column_names(tmp_path, clips):

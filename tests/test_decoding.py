@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections import Counter
 
 import numpy as np
@@ -212,6 +213,51 @@ def test_ngram_and_hot_words_decide_where_the_model_is_in_doubt(tmp_path):
     assert text(**lm) == "the cat sat on the cat"
     assert text(beam_width=50, hot_words=["cat"], hot_word_weight=3) == "the cat sat on the cat"
     assert text(**lm, hot_words=["dat"], hot_word_weight=5) == "the cat sat on the dat"
+
+
+def sum_over_paths(log_probs, tokens, blank, text_of_path):
+    """Probability of every text, by all paths."""
+    found = {}
+    for path in itertools.product(range(log_probs.shape[1]), repeat=len(log_probs)):
+        kept = [token for token, _ in itertools.groupby(path) if token != blank]
+        text = text_of_path([tokens[token] for token in kept])
+        score = sum(log_probs[frame, token] for frame, token in enumerate(path))
+        found[text] = np.logaddexp(found.get(text, -np.inf), score)
+    return found
+
+
+@needs_lm
+@pytest.mark.parametrize("seed", range(8))
+def test_beam_search_with_an_ngram_finds_the_best_of_all_texts(seed, tmp_path):
+    estimate([["a"], ["b", "a"], ["ab"], ["a", "b"], ["a"]], 2).save(tmp_path / "lm.arpa")
+    tokenizer = build_processor(["a b"], 16000).tokenizer
+    used = tokenizer.convert_tokens_to_ids(["[PAD]", "a", "b", "|"])
+    log_probs = np.full((5, len(tokenizer)), -100.0, np.float32)
+    probs = np.random.default_rng(seed).dirichlet([0.5] * 4, size=5) + 0.02  # less is not searched
+    log_probs[:, used] = np.log(probs / probs.sum(axis=1, keepdims=True))
+    weight, bonus, model = 0.5, 1.5, kenlm.Model(str(tmp_path / "lm.arpa"))
+    found = sum_over_paths(log_probs[:, used], ["", "a", "b", " "], 0, lambda pieces: " ".join("".join(pieces).split()))
+    scores = {
+        text: score
+        + weight * math.log(10) * (model.score(text) - 10 * sum(word not in model for word in text.split()))
+        + bonus * len(text.split())
+        for text, score in found.items()
+    }
+    options = DecodingArguments(beam_width=500, lm=str(tmp_path / "lm.arpa"), lm_weight=weight, word_bonus=bonus)
+    text = build_decoder(tokenizer, 1, options).decode(log_probs).text
+    assert scores[text] == pytest.approx(max(scores.values()), abs=1e-3)
+
+
+@needs_lm
+def test_an_ngram_makes_no_words_of_silence(tmp_path):
+    estimate(SENTENCES, 3).save(tmp_path / "lm.arpa")
+    tokenizer = characters()
+    options = DecodingArguments(beam_width=50, lm=str(tmp_path / "lm.arpa"))
+    log_probs = sure_of(tokenizer, "t h e | c a t |".split() + ["[PAD]"] * 20, 0.96)
+    log_probs[:8] = sure_of(tokenizer, "t h e | c a t |".split(), 0.999)
+    log_probs[12, tokenizer.convert_tokens_to_ids("a")] = np.log(0.01)
+    assert build_decoder(tokenizer, 1, options).decode(log_probs).text == "the cat"
+    assert build_decoder(tokenizer, 1, options).decode(log_probs[8:]).text == ""
 
 
 @needs_lm

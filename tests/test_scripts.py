@@ -271,6 +271,16 @@ def test_unknown_option_in_a_configuration_file_is_named(tmp_path, capsys):
     assert "unknown options: encodr" in capsys.readouterr().err
 
 
+def test_a_configuration_file_may_say_no_and_nothing(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("eval_strategy: no\npseudo_labels: []\nuse_cpu: true\ncorpus: [no]\n")
+    _, data, *_, args = parse_arguments(
+        finetune_ctc.ARGUMENTS, "", ["--config", str(file), "--output_dir", str(tmp_path)]
+    )
+    assert (args.eval_strategy, args.use_cpu) == ("no", True)
+    assert (data.pseudo_labels, data.corpus) == ([], ["no"])
+
+
 def test_assignments_and_objectives():
     assert parse_assignments(["a=1", "b.c=0.5", "d=1e-3", "e=x", "f=true"], "field") == {
         "a": 1, "b.c": 0.5, "d": 0.001, "e": "x", "f": True,
@@ -281,6 +291,8 @@ def test_assignments_and_objectives():
     }
     with pytest.raises(ValueError, match="field: expected NAME=VALUE, found 'a'"):
         parse_assignments(["a"], "field")
+    with pytest.raises(ValueError, match=r"field: 'a=\[' is not YAML"):
+        parse_assignments(["a=["], "field")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "scripts" / "configs").glob("*.yaml")), ids=lambda file: file.name)

@@ -78,6 +78,7 @@ def test_texts_are_those_of_the_recogniser_clip_by_clip(teacher, audio, tmp_path
     labels = PseudoLabels.load(tmp_path / "pseudo")
     assert labels.description["text_policy"] == TextPolicy().to_dict()
     assert (labels.description["sampling_rate"], labels.description["clips"]) == (RATE, 4)
+    assert labels.description["hours"] == pytest.approx(sum(row["duration"] for row in rows) / 3600)
 
 
 def test_decoding_and_source_are_as_asked_for(teacher, audio, tmp_path):
@@ -245,6 +246,7 @@ def learn(trained, pseudo, folder, *options):
 def test_pseudo_labels_are_learnt_from_beside_the_corpus(trained, clips, tmp_path, caplog):
     train, validation = (load_corpus("demo", split) for split in ("train", "validation"))
     known = [recording_key(corpus[0]["id"], corpus[0]["duration"]) for corpus in (train, validation)]
+    assert known[0] == recording_key(f"elsewhere/{train[0]['id']}", train[0]["duration"])
     texts, recordings = ["Further clip", "Ünknown", "a", "b"], ["a 1.00", f"{train[0]['id']} 0.11", *known]
     pseudo = write_labels(tmp_path / "pseudo", clips[1:], texts, recordings, sampling_rate=8000)
     learn(trained, pseudo, tmp_path / "student")

@@ -74,7 +74,7 @@ def test_text_of_a_clip_is_that_of_the_pipeline(recognizer, clips):
 @pytest.mark.parametrize("length", [96000, 96001, 100000, 64 * 1600 - 1])
 def test_stitched_chunks_are_the_whole_with_its_last_partial_frame(recognizer, clips, length):
     whole = np.concatenate(clips)[:length]
-    length, stride = recognizer._chunk(3 * 2 * recognizer._chunk(30)[1] / 2 / RATE)
+    length, stride = recognizer.chunk(3 * 2 * recognizer.chunk(30)[1] / 2 / RATE)
     assert len(whole) > 2 * length
     blocks = np.array_split(whole, 7)
     windows = cut_windows(blocks, [(0, len(whole))], length, stride)

@@ -1,6 +1,7 @@
 """One clip: encoded bytes or a file → mono samples at the model's rate, float32 or of 16 bits."""
 
 import io
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +11,22 @@ import numpy as np
 import soundfile
 import soxr
 
+from .mpeg import count_samples
+
 MAX_OGG_PAGE = 65307
 FULL_SCALE = 32768  # of 16-bit samples
 MAX_PEAK = 8.0  # codecs and resampling overshoot full scale a little; more is another scale
 UNKNOWN_SIZE = 0x7FFFF000  # sizes from here on are written by programs that did not know the size when they began
+UNKNOWN_FRAMES = 1 << 62  # of libsndfile, for a FLAC header of such programs
+MPEG_DELAY = 5000  # samples that encoders put around the sound, and decoders take away
 
 
 class AudioError(ValueError):
     """A clip that cannot be used. The message says what is wrong with it; the caller knows its name."""
 
 
-def _open(audio: dict[str, Any]) -> soundfile.SoundFile:
+def _open(audio: dict[str, Any]) -> tuple[soundfile.SoundFile, int]:
+    """The file, and how many samples of each channel are in it."""
     data, path = audio.get("bytes"), audio.get("path")
     if data is None and path is None:
         raise AudioError("no audio: neither bytes nor a path")
@@ -29,8 +35,7 @@ def _open(audio: dict[str, Any]) -> soundfile.SoundFile:
         if size == 0:
             raise AudioError("empty file")
         file = soundfile.SoundFile(path if data is None else io.BytesIO(data))
-        _refuse_truncated(file, data, path)
-        return file
+        return file, _count_samples(file, data, path)
     except FileNotFoundError:
         raise AudioError("no such file") from None
     except soundfile.LibsndfileError as error:
@@ -41,20 +46,44 @@ def _open(audio: dict[str, Any]) -> soundfile.SoundFile:
         raise AudioError(f"not readable as audio: {error}") from None
 
 
-def _refuse_truncated(file: soundfile.SoundFile, data: bytes | None, path: str | None) -> None:
-    """libsndfile takes WAV, AIFF and Ogg files that end too early for shorter ones; their headers know better."""
+def _count_samples(file: soundfile.SoundFile, data: bytes | None, path: str | None) -> int:
+    """What libsndfile says, unless it would read a part of the file without a word, which is an error: of WAV, AIFF and
+    Ogg that end too early, of which the header knows better; of Ogg streams one behind the other; of MP3 whose length
+    it guesses from the first frame and the size of the file."""
+    if file.frames >= UNKNOWN_FRAMES:
+        raise AudioError("its header does not say how long it is: re-encode it")
     if file.format == "OGG":
-        if data is None:
-            with open(path, "rb") as stream:
-                stream.seek(max(0, Path(path).stat().st_size - MAX_OGG_PAGE))
-                data = stream.read()
-        page = data.rfind(b"OggS", max(0, len(data) - MAX_OGG_PAGE))
-        if page < 0 or len(data) < page + 6 or not data[page + 5] & 4:
+        first, last = _ogg_ends(data, path)
+        page = last.rfind(b"OggS")
+        if page < 0 or len(last) < page + 18 or not last[page + 5] & 4:
             raise AudioError("truncated: its last Ogg page does not end the stream")
+        if first[14:18] != last[page + 14 : page + 18]:
+            raise AudioError("several Ogg streams one behind the other, of which one would be read: re-encode it")
+    elif file.subtype == "MPEG_LAYER_III":
+        if data is None:
+            with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                samples, is_stated = count_samples(data)
+        else:
+            samples, is_stated = count_samples(data)
+        if samples > file.frames + MPEG_DELAY:
+            rate = file.samplerate
+            raise AudioError(f"MP3 of {samples / rate:.1f} s, {file.frames / rate:.1f} s would be read: re-encode it")
+        return file.frames if is_stated else min(samples, file.frames)
     elif sizes := re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE):
         declared, found = map(int, sizes.groups())
         if found < declared < UNKNOWN_SIZE:
             raise AudioError(f"truncated: {found} of {declared} bytes of samples are there")
+    return file.frames
+
+
+def _ogg_ends(data: bytes | None, path: str | None) -> tuple[bytes, bytes]:
+    """The first and the last bytes of an Ogg file, with whole pages."""
+    if data is not None:
+        return data, data[-MAX_OGG_PAGE:]
+    with open(path, "rb") as stream:
+        first = stream.read(MAX_OGG_PAGE)
+        stream.seek(max(0, Path(path).stat().st_size - MAX_OGG_PAGE))
+        return first, stream.read()
 
 
 def read_sampling_rate(audio: dict[str, Any]) -> int:
@@ -63,7 +92,7 @@ def read_sampling_rate(audio: dict[str, Any]) -> int:
     Raises:
         AudioError: not an audio file.
     """
-    with _open(audio) as file:
+    with _open(audio)[0] as file:
         return file.samplerate
 
 
@@ -73,10 +102,11 @@ def read_duration(audio: dict[str, Any]) -> float:
     Raises:
         AudioError: not an audio file, or one without samples.
     """
-    with _open(audio) as file:
-        if file.frames <= 0:
+    file, num_samples = _open(audio)
+    with file:
+        if num_samples <= 0:
             raise AudioError("no samples")
-        return file.frames / file.samplerate
+        return num_samples / file.samplerate
 
 
 def read_audio(
@@ -94,10 +124,11 @@ def read_audio(
     Raises:
         AudioError: not an audio file, truncated (fewer samples than its header says), or not finite.
     """
-    with _open(audio) as file:
+    file, num_samples = _open(audio)
+    with file:
         rate = file.samplerate
-        first = min(round(start * rate), file.frames)
-        count = file.frames - first if duration is None else min(round(duration * rate), file.frames - first)
+        first = min(round(start * rate), num_samples)
+        count = num_samples - first if duration is None else min(round(duration * rate), num_samples - first)
         try:
             file.seek(first)
             samples = file.read(count, dtype="float32", always_2d=True)
@@ -135,7 +166,8 @@ def stream_audio(audio: dict[str, Any], sampling_rate: int, block_seconds: float
     Raises:
         AudioError: as `read_audio`, at the block where it shows.
     """
-    with _open(audio) as file:
+    file, num_samples = _open(audio)
+    with file:
         rate = file.samplerate
         resampler = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
         size, done = round(block_seconds * rate), 0
@@ -155,5 +187,5 @@ def stream_audio(audio: dict[str, Any], sampling_rate: int, block_seconds: float
                 yield mono
             if is_last:
                 break
-        if done < file.frames:
-            raise AudioError(f"truncated: {done / rate:.2f} s of {file.frames / rate:.2f} s can be decoded")
+        if done < num_samples:
+            raise AudioError(f"truncated: {done / rate:.2f} s of {num_samples / rate:.2f} s can be decoded")

@@ -1,5 +1,6 @@
 """Any source of audio → rows with an id, undecoded audio, a duration from the header and, where known, a text."""
 
+import glob
 import logging
 import re
 import zlib
@@ -44,8 +45,9 @@ def load_corpus(
         sources: "demo" (the embedded corpus); a folder of audio files, with or without a metadata.csv or
             metadata.jsonl (columns `file_name` and `text`); a folder of parquet files, or one such file; or the name
             of a data set on the Hub, "user/name" or "user/name:config".
-        split: which split. In a folder, sub-folders named train, validation, valid, val, dev, test or eval, and parquet
-            files whose names begin so, are splits; what is in none of them is train.
+        split: which split. In a folder, sub-folders named train, validation, valid, val, dev, test or eval, or so and
+            more behind - or a point (dev-clean), and parquet files whose names begin so, are splits. Audio that is in
+            none of them is of the split in whose sub-folder the metadata file lies that names it, or else train.
         audio_column, text_column: the columns of parquet files, metadata and Hub data sets.
         require_text: fail if a source has no text column.
         label_column: a column with the class of every clip (speaker, keyword, language), which comes as column label.
@@ -166,10 +168,12 @@ class _Source:
     name: str
     files: Files | None = None
     values: dict[str, pyarrow.Array] | None = None
+    stated_splits: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def split_of_file(self) -> np.ndarray:
-        return np.array([split_of(name) for name in self.files.names.to_pylist()], dtype=object)
+        names = self.files.names.to_pylist()
+        return np.array([self.stated_splits.get(name) or split_of(name) for name in names], dtype=object)
 
     @cached_property
     def splits(self) -> list[str]:
@@ -208,7 +212,8 @@ def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
             rows = _audio_rows(files, texts)
         else:
             paths = [str(files.folder / name) for name in files.names.to_pylist()]
-            rows = _standard_columns(load_dataset("parquet", data_files=paths, split="train"), source.name, columns)
+            parts = load_dataset("parquet", data_files=[*map(glob.escape, paths)], split="train")
+            rows = _standard_columns(parts, source.name, columns)
             clips = np.array([pyarrow.parquet.read_metadata(path).num_rows for path in paths])
     rows = _with_unique_ids(rows)
     if "duration" not in rows.column_names:

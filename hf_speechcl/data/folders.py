@@ -77,19 +77,29 @@ def without_folders(value):
 def split_of(name: str) -> str:
     """The split of a file by its relative path.
 
-    The first folder on the path that bears the name of a split decides; a parquet file is also judged by the
-    beginning of its own name, as in `test-00000-of-00002.parquet`. What bears no such name is train.
+    The first folder on the path that bears the name of a split, or begins with one, as in `dev-clean`, decides; a
+    parquet file is also judged by its own name, as in `test-00000-of-00002.parquet`. What bears no such name is train,
+    and so is a file outside of the folder, which has an absolute path.
     """
+    return _named_split(name) or "train"
+
+
+def _named_split(name: str) -> str | None:
+    if name.startswith("/"):
+        return None
     folders, _, file = name.lower().rpartition("/")
-    return _split_of_folders(f"{folders}/{re.split(r'[-_.]', file)[0]}" if file.endswith(".parquet") else folders)
+    return _split_of_parts(f"{folders}/{re.split('[-_.]', file)[0]}" if file.endswith(".parquet") else folders)
 
 
 @lru_cache(maxsize=1024)
-def _split_of_folders(folders: str) -> str:
-    return next((SPLIT_OF_NAME[folder] for folder in folders.split("/") if folder in SPLIT_OF_NAME), "train")
+def _split_of_parts(parts: str) -> str | None:
+    beginnings = (re.split(r"[-.]", part)[0] for part in parts.split("/"))
+    return next((SPLIT_OF_NAME[name] for name in beginnings if name in SPLIT_OF_NAME), None)
 
 
-def list_files(path: Path, columns: tuple[str, ...] = (), required: tuple[str, ...] = ()) -> tuple[Files, dict | None]:
+def list_files(
+    path: Path, columns: tuple[str, ...] = (), required: tuple[str, ...] = ()
+) -> tuple[Files, dict | None, dict[str, str]]:
     """What a source holds: the parquet files below a folder without audio files; one parquet file; or all audio files
     below a folder and all that its metadata name.
 
@@ -98,14 +108,16 @@ def list_files(path: Path, columns: tuple[str, ...] = (), required: tuple[str, .
         required: those of them without which a folder of audio files is refused.
 
     Returns:
-        The files in order; and for audio files their columns, as texts, null where there is no value: {column: (N,)}.
+        The files in order; for audio files their columns, as texts, null where there is no value: {column: (N,)}; and
+        the splits of those, by name, that are in no split's folder and named by metadata that are.
 
     Raises:
         FileNotFoundError: there are none; the message says what there is.
-        ValueError: metadata that cannot be read or lack a column, or required columns and no metadata.
+        ValueError: metadata that cannot be read, lack a column or put a file into two splits, or required columns and
+            no metadata.
     """
     if path.is_file():
-        return _stat(path.parent, [path.name]), None
+        return _stat(path.parent, [path.name]), None, {}
     names, sizes, modified, parquet, metadata, suffixes = [], [], [], [], [], Counter()
     for prefix, entries in _walk(path):
         for entry in entries:
@@ -123,12 +135,12 @@ def list_files(path: Path, columns: tuple[str, ...] = (), required: tuple[str, .
                 if entry.name in METADATA_FILES:
                     metadata.append(prefix + entry.name)
     if parquet and not names:
-        return _stat(path, parquet), None
+        return _stat(path, parquet), None, {}
     if parquet:
         logger.warning("%s holds audio files and parquet files: %s is not used", path.name, ", ".join(parquet[:3]))
     files = Files(path, pyarrow.array(names, pyarrow.string()), np.array(sizes, int), np.array(modified, int))
     del names, sizes, modified
-    files, values = _with_metadata(files, metadata, columns, required)
+    files, values, splits = _with_metadata(files, metadata, columns, required)
     if len(files) == 0:
         found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
         expected = " ".join(sorted(AUDIO_SUFFIXES))
@@ -138,7 +150,7 @@ def list_files(path: Path, columns: tuple[str, ...] = (), required: tuple[str, .
             f"{path} has no {' and '.join(required)}: expected {' or '.join(METADATA_FILES)} in it, with the columns "
             f"{', '.join(['file_name', *required])}"
         )
-    return files, values
+    return files, values, splits
 
 
 def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, list[os.DirEntry]]]:
@@ -147,13 +159,23 @@ def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, list[os.D
         entries = sorted(entries, key=attrgetter("name"))
     run = []
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
+        if not _is_unicode(entry.name):
+            logger.warning("skipped %s: its name is not UTF-8, rename it", ascii(prefix + entry.name))
+        elif entry.is_dir(follow_symlinks=False):
             yield prefix, run
             run = []
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
         elif entry.is_file() and not entry.name.startswith(INDEX_FILE):
             run.append(entry)
     yield prefix, run
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _stat(folder: Path, names: list[str]) -> Files:
@@ -166,12 +188,19 @@ def _stat(folder: Path, names: list[str]) -> Files:
 
 
 def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], required: tuple[str, ...]):
-    """Audio files and those that metadata files name, with columns of the metadata; what is said last holds."""
-    named, values = [], {column: [] for column in columns}
+    """Audio files and those that metadata files name, with columns of the metadata, where what is said last holds; and
+    splits that only the metadata's folder tells."""
+    named, values, splits = [], {column: [] for column in columns}, {}
+    inside = tuple(f"{root}/" for root in (os.path.abspath(files.folder), os.path.realpath(files.folder)))
     for name in metadata:
-        folder = posixpath.dirname(name)
+        folder, split = posixpath.dirname(name), _named_split(name)
         for entry in _read_metadata(files.folder / name, ["file_name", *required]):
-            named.append(posixpath.normpath(posixpath.join(folder, entry["file_name"])))
+            file = posixpath.normpath(posixpath.join(folder, entry["file_name"]))
+            for root in inside:
+                file = file.removeprefix(root)
+            named.append(file)
+            if split is not None and _named_split(file) is None and splits.setdefault(file, split) != split:
+                raise ValueError(f"{files.folder / name}: {file} is named in the metadata of split {splits[file]} too")
             for column in values:
                 value = entry.get(column)
                 values[column].append(None if value is None else str(value))
@@ -187,9 +216,8 @@ def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], 
             np.concatenate([files.modified, others.modified]),
         )
     places = pyarrow.compute.index_in(files.names, known)
-    return files, {
-        column: pyarrow.array(texts[::-1], pyarrow.string()).take(places) for column, texts in values.items()
-    }
+    taken = {column: pyarrow.array(texts[::-1], pyarrow.string()).take(places) for column, texts in values.items()}
+    return files, taken, splits
 
 
 def _read_metadata(file: Path, required: list[str]) -> Iterator[dict]:
@@ -201,6 +229,8 @@ def _read_metadata(file: Path, required: list[str]) -> Iterator[dict]:
                     if not isinstance(entry, dict) or column not in entry:
                         found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
                         raise ValueError(f"{file}, line {number}: no column {column!r}; it has {found}")
+                if not isinstance(entry["file_name"], str) or "\n" in entry["file_name"]:
+                    raise ValueError(f"{file}, line {number}: file_name is {entry['file_name']!r}, expected a path")
                 if not entry["file_name"]:
                     raise ValueError(f"{file}, line {number}: file_name is empty")
                 yield entry
@@ -209,8 +239,15 @@ def _read_metadata(file: Path, required: list[str]) -> Iterator[dict]:
 
 
 def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(lines)
-    for row in reader:
+    reader, row = csv.DictReader(lines, strict=True), None
+    while True:
+        begin = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{file}, line {begin}: {error}; is a quotation mark opened and not closed?") from None
+        if row is None:
+            return
         if None in row:
             raise ValueError(
                 f"{file}, line {reader.line_num}: more fields than the header has; quote texts that hold commas"

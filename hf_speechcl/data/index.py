@@ -41,7 +41,7 @@ SCHEMA = pyarrow.schema(
     ]
 )
 # What judged the files: the number is to be raised when `read_duration` judges in another way.
-VERSION = {b"hf_speechcl": f"durations 1, libsndfile {soundfile.__libsndfile_version__}".encode()}
+VERSION = {b"hf_speechcl": f"durations 2, libsndfile {soundfile.__libsndfile_version__}".encode()}
 CLIPS_PER_TASK = 256
 CLIPS_WITHOUT_WORKERS = 4096  # fewer are measured before worker processes have begun
 SECONDS_TO_WRITE = 3600  # an unfinished index that is older was left behind by a process that was killed

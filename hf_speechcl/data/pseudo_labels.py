@@ -99,14 +99,15 @@ class PseudoLabels:
 
 
 def recording_key(id: str, seconds: float) -> str:
-    """What a recording is known by in other sources: its id, without the numbers that `load_corpus` adds where two have
-    the same, and, as ids such as 001.wav are often used, its length."""
-    return f"{re.sub(r'(#[0-9]+)+$', '', id)} {seconds:.2f}"
+    """What a recording is known by in other sources: its name, without folders, which depend on where a source begins,
+    and the numbers that `load_corpus` adds where two are the same, and, as names such as 001.wav are often used, its
+    length."""
+    return f"{re.sub(r'(#[0-9]+)+$', '', id).rpartition('/')[2]} {seconds:.2f}"
 
 
-def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> int:
-    """Write audio, as FLAC of 16 bits, and text of the clips that have one into a parquet file; how many there are."""
-    clips, rows, written = [clip for clip in clips if texts[clip] is not None], [], 0
+def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> list[float]:
+    """Write audio, as FLAC of 16 bits, and text of the clips that have one into a parquet file; the seconds of each."""
+    clips, rows, written = [clip for clip in clips if texts[clip] is not None], [], []
     names, recordings = clip_ids(dataset), dataset.corpus["id"][:]
     seconds = column_of(dataset.corpus, "duration").to_pylist()
     begun = file.with_suffix(".begun")
@@ -126,7 +127,7 @@ def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int
                     "recording": recording_key(recordings[row], seconds[row]),
                 }
             )
-            written += 1
+            written.append(rows[-1]["duration"])
             if len(rows) == ROWS_PER_GROUP:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
                 rows = []

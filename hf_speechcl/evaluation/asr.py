@@ -28,12 +28,15 @@ def edit_counts(references: list[str], hypotheses: list[str], characters: bool =
 
 
 def resample(counts: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Sums (num_resamples, C) of the rows of (N, C), drawn with replacement N at a time."""
-    rng = np.random.default_rng(seed)
+    """Sums (num_resamples, C) of the rows of (N, C), drawn with replacement N at a time, as float64: products of
+    integers are far slower."""
+    rng, counts = np.random.default_rng(seed), counts.astype(np.float64)
     shares = np.full(len(counts), 1 / len(counts))
     block = max(1, MAX_DRAWS // len(counts))
     sizes = [min(block, num_resamples - start) for start in range(0, num_resamples, block)]
-    return np.concatenate([rng.multinomial(len(counts), shares, size=size) @ counts for size in sizes])
+    return np.concatenate(
+        [rng.multinomial(len(counts), shares, size=size).astype(np.float64) @ counts for size in sizes]
+    )
 
 
 def bootstrap_interval(counts: np.ndarray, num_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:

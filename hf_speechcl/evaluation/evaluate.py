@@ -90,6 +90,7 @@ def run_identity(
         "weights": checksum(map(state_of_file, sorted(model))),
         "dtype": computing.dtype,
         "decoding": checksum([vars(decoding), vars(recording), *map(state_of_file, files)]),
+        "max_seconds_per_batch": args.max_seconds_per_batch,
         "corpus": checksum([*zip(corpus["id"], corpus["duration"])]),
     }
 

@@ -21,6 +21,7 @@ from ..recordings import RecordingArguments
 logger = logging.getLogger(__name__)
 
 MAX_SNR = 60.0  # dB
+FRAMES_AT_ONCE = 10_000  # whose samples are copied, which bounds memory
 
 
 def estimate_snr(waveform: np.ndarray, sampling_rate: int) -> float:
@@ -39,7 +40,9 @@ def estimate_snr(waveform: np.ndarray, sampling_rate: int) -> float:
     if len(waveform) < size:
         waveform = np.pad(waveform, (0, size - len(waveform)))
     frames = np.lib.stride_tricks.sliding_window_view(waveform, size)[::hop]
-    noise, loud = np.percentile(np.square(frames, dtype=np.float64).mean(1), [10, 95])
+    blocks = (frames[start : start + FRAMES_AT_ONCE] for start in range(0, len(frames), FRAMES_AT_ONCE))
+    powers = np.concatenate([np.square(block, dtype=np.float64).mean(1) for block in blocks])
+    noise, loud = np.percentile(powers, [10, 95])
     floor = max(loud, 1e-12) * 10 ** (-MAX_SNR / 10)
     return float(min(10 * np.log10(max(loud - noise, floor) / max(noise, floor)), MAX_SNR))
 

@@ -76,8 +76,8 @@ class CTCDataArguments(RegularizationArguments, CorpusArguments):
     text_column: str = option("text", "Column with the transcript in parquet files, metadata and Hub data sets.")
     pseudo_labels: list[str] = option(
         [],
-        "Folders of scripts/make_pseudo_labels.py: learnt from beside the corpus, but for the vocabulary. Recordings "
-        "of the corpus are left out.",
+        "Folders of scripts/make_pseudo_labels.py: learnt from beside the corpus, but for the vocabulary. Clips of the "
+        "corpus, known by file name and length, are left out.",
     )
     casing: str | None = option(None, "Of the text that is learnt: lower, upper or keep; lower by default.")
     punctuation: str | None = option(None, "remove (but for apostrophes within words) or keep; remove by default.")

@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": computing.dtype,
             "decoding": checksum([vars(decoding), *of_language_model]),
             "clips": checksum([*zip(corpus["id"], corpus["duration"])]),
+            "max_seconds_per_batch": args.max_seconds_per_batch,
             **vars(clips),
         },
         "recognizer": source_name(args.model),
@@ -111,17 +112,18 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{source_name(args.model)} wrote nothing of any of {len(texts)} clips: train it for longer")
     own = range(state.process_index, len(texts), state.num_processes)
     file = folder / f"train-{state.process_index:05d}-of-{state.num_processes:05d}.parquet"
-    written = sum(gather_object([write_clips(kept, texts, list(own), file)]))
+    seconds = gather_object(write_clips(kept, texts, list(own), file))
+    written, hours = len(seconds), sum(seconds) / 3600
     if state.is_main_process:
         for stale in set(folder.glob("train-*")) - set(folder.glob(f"train-*-of-{state.num_processes:05d}.parquet")):
             stale.unlink()
         licenses = " ".join(describe_licenses(args.corpus, None))
         (folder / "LICENSE.md").write_text(f"Audio of {licenses}\n", encoding="utf-8")
-        labels.description.update(clips=written, hours=kept.hours, undecodable=len(texts) - written)
+        labels.description.update(clips=written, hours=hours, undecodable=len(texts) - written)
         labels.description.update(empty=texts.count(""))
         labels.save_description()
         print(
-            f"{written} of {len(texts)} clips ({kept.hours:.2f} h) are written, {len(texts) - written} could not be "
+            f"{written} of {len(texts)} clips ({hours:.2f} h) are written, {len(texts) - written} could not be "
             f"decoded, {texts.count('')} have an empty text"
         )
     log.remove()
