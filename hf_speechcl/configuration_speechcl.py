@@ -61,7 +61,7 @@ class SpeechCLConfig(PreTrainedConfig):
         ctc_zero_infinity: replace infinite CTC losses (label sequence longer than the frames) by zero.
         classifier_proj_size: width of the projection before mean pooling in `SpeechCLForSequenceClassification`.
         use_weighted_layer_sum: the CTC and classification heads see a learned weighted mean of what goes into the
-            first layer and comes out of every layer, in place of the last layer's output alone.
+            first layer and comes out of every layer, of the last after the final norm, in place of that alone.
         text_policy: what was done to the texts that a recogniser was fine-tuned on (casing, punctuation, digits,
             language); a record, which fine-tuning goes on with.
 

@@ -13,6 +13,8 @@ from .command_line import option
 from .ctc import WORD_START
 from .language_model import read_words
 
+logger = logging.getLogger(__name__)
+
 ALIGNMENT_MARGIN = 25  # frames
 MIN_LOG_PROB = math.log(1e-15)  # beneath which pyctcdecode takes no posterior
 INSTALL_LM = "pip install 'hf_speechcl[lm]' && pip install --no-deps pyctcdecode"
@@ -206,6 +208,11 @@ class BeamDecoder:
                 raise ValueError(
                     f"lm: the model cannot write a single word of {arguments.lm}, such as {min(words)!r}: build it "
                     "from texts in the spelling that the model writes (case, script)"
+                )
+            if words is None:
+                logger.warning(
+                    "lm: %s is no ARPA file, and its words are not known: none is judged before it is whole",
+                    arguments.lm,
                 )
             config = kenlm.Config()
             config.show_progress = False

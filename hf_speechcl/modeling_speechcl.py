@@ -333,8 +333,10 @@ class SpeechCLEncoderLayer(GradientCheckpointingLayer):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = SpeechCLFeedForward(config)
         self.dropout = SpeechCLDropout(config.hidden_dropout)
+        self.layerdrop = config.layerdrop
 
     def forward(self, hidden_states, attention_mask, position_embeddings, frame_mask, is_causal=False, **kwargs):
+        begin = hidden_states
         attended, _ = self.attention(
             self.attention_norm(hidden_states), attention_mask, position_embeddings, is_causal=is_causal, **kwargs
         )
@@ -342,7 +344,12 @@ class SpeechCLEncoderLayer(GradientCheckpointingLayer):
         if self.convolution is not None:
             local = self.convolution(self.convolution_norm(hidden_states), frame_mask, is_causal)
             hidden_states = hidden_states + self.dropout(local)
-        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        hidden_states = hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        if self.training and self.layerdrop > 0:
+            # Bypassed rather than left out: every rank and every compiled graph sees the same parameters.
+            drop = torch.rand((), device=hidden_states.device) < self.layerdrop
+            hidden_states = torch.where(drop, begin, hidden_states)
+        return hidden_states
 
 
 class SpeechCLPreTrainedModel(PreTrainedModel):
@@ -471,14 +478,9 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         position_embeddings = rotary_embeddings(self.config, hidden_states)
         layer_mask = self._layer_mask(hidden_states, attention_mask, causal)
         for layer in self.layers:
-            output = layer(
+            hidden_states = layer(
                 hidden_states, layer_mask, position_embeddings, frame_mask=attention_mask, is_causal=causal, **kwargs
             )
-            if self.training and self.config.layerdrop > 0:
-                # Bypassed rather than left out: every rank and every compiled graph sees the same parameters.
-                drop = torch.rand((), device=output.device) < self.config.layerdrop
-                output = torch.where(drop, hidden_states, output)
-            hidden_states = output
         return SpeechCLModelOutput(
             last_hidden_state=self.norm(hidden_states), extract_features=extract_features, log_mel=log_mel
         )

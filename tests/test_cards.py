@@ -19,6 +19,7 @@ from hf_speechcl.cards import (
     USE_CLASSIFIER,
     describe_licenses,
     describe_objectives,
+    error_rate_results,
     hub_name,
     rename_model,
     write_card,
@@ -131,6 +132,7 @@ def test_licence_of_a_corpus_is_what_it_says_itself_or_what_the_option_says(hub,
     for name, file, text in [("stated", "LICENSE.txt", "\n# Some Licence 1.0\nmore"), ("silent", "clip.wav", "")]:
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
+    (tmp_path / "silent/LICENSES").mkdir()
     HfApi().create_repo("tester/data", repo_type="dataset")
     card = DatasetCard("---\nlicense: cc-by-4.0\n---\n")
     HfApi().upload_file(
@@ -175,6 +177,16 @@ def test_results_are_added_once_and_replaced_by_those_of_the_same_kind(trained, 
     assert "| user/name:clean | test | 83 | 0.05 | none | greedy | 50.0% [40.0, 60.0] |" in card.text
     outside = re.sub(r"<!-- results.*end of results -->", "", card.text, flags=re.DOTALL)
     assert outside == re.sub(r"<!-- results.*end of results -->", "", before.text, flags=re.DOTALL)
+
+
+def test_a_result_names_one_data_set_of_the_hub_or_several_sources_as_they_are():
+    results = {"split": "test", "text_normalization": "basic", "decoding": "greedy", "clips": 1, "hours": 0.1}
+    results |= {f"{name}{end}": 0.5 for name in ("wer", "cer") for end in ("", "_low", "_high")}
+    named = {}
+    for corpus in (["user/data:x"], ["a/b:x", "c/d"], ["my: audio"]):
+        result = error_rate_results({**results, "corpus": corpus})[0]
+        named[tuple(corpus)] = result.dataset_type, result.dataset_config
+    assert list(named.values()) == [("user/data", "x"), ("a/b:x, c/d", None), ("my: audio", None)]
 
 
 def test_results_are_added_to_a_card_written_by_hand(tmp_path):

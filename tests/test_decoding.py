@@ -1,6 +1,7 @@
 """Decoders and n-grams."""
 
 import functools
+import gzip
 import itertools
 import math
 from collections import Counter
@@ -337,6 +338,8 @@ def test_ngram_agrees_with_a_plain_loop_and_sums_to_one(order, tmp_path):
     plain = PlainKneserNey(SENTENCES, order)
     words = read_words(tmp_path / "lm.arpa")
     assert words == {word for sentence in SENTENCES for word in sentence}
+    (tmp_path / "lm.arpa.gz").write_bytes(gzip.compress(b"# made by hand\n\n" + (tmp_path / "lm.arpa").read_bytes()))
+    assert read_words(tmp_path / "lm.arpa.gz") == words
     for history in ([], ["the"], ["the", "cat"], ["sat", "on"], ["mat", "a"], ["unheard"]):
         state = kenlm.State()
         model.BeginSentenceWrite(state)
@@ -405,6 +408,12 @@ def test_build_lm_spells_words_as_the_model_does_and_leaves_out_the_texts_to_be_
     assert "1 of 3 sentences are left out for their digits" in printed
     assert "1 of 2 sentences are left out, as they are texts of train" in printed
     assert read_words(tmp_path / "lm") == {"SOMETHING", "ELSE"}
+
+
+def test_texts_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "old.txt").write_text("café", encoding="latin-1")
+    with pytest.raises(SystemExit, match=r"error: text_files: .*old.txt is not UTF-8 text"):
+        main(["--text_files", str(tmp_path / "old.txt"), "--output_file", str(tmp_path / "lm.arpa")])
 
 
 def test_a_model_that_does_not_tell_what_was_done_to_its_texts_builds_no_ngram(config, tmp_path):

@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 
+import httpx2
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCTC, AutoModelForPreTraining, pipeline
 
@@ -272,6 +274,14 @@ def test_interrupted_upload_goes_on_without_sending_the_weights_again(hub, train
     assert "model.safetensors" in files_of("tester/later")
 
 
+@pytest.mark.parametrize(("status", "error"), [(503, ConnectionError), (0, ConnectionError), (403, PermissionError)])
+def test_weights_that_do_not_arrive_are_explained(status, error, hub, trained, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.fail("PUT", "/lfs/", 1000, status)
+    with pytest.raises(error, match=r"in trouble|cannot be reached|may not write"):
+        publish(trained / "ctc", "tester/heavy")
+
+
 def wrong_token(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
 
@@ -362,6 +372,19 @@ def test_private_model_is_seen_with_a_token_only(hub, trained, monkeypatch):
         find_model("tester/secret")
 
 
+def test_a_gated_model_and_an_expired_token_are_told_apart(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    with pytest.raises(FileNotFoundError, match="does not know your token: log in"):
+        find_model("tester/absent")
+
+    def gated(*args, **kwargs):
+        raise GatedRepoError("gated", response=httpx2.Response(403, request=httpx2.Request("GET", "http://hub")))
+
+    monkeypatch.setattr("hf_speechcl.hub.snapshot_download", gated)
+    with pytest.raises(FileNotFoundError, match="tester/voice is gated: accept its terms at"):
+        find_model("tester/voice")
+
+
 def test_dry_run_shows_what_would_go_and_asks_nobody(hub, trained, capsys):
     publish_main([str(trained / "ctc"), "tester/dry", "--private", "True", "--dry_run", "True"])
     shown = capsys.readouterr().out
@@ -383,6 +406,9 @@ def test_incomplete_folders_are_not_published(trained, config, tmp_path):
     folder = tmp_path / "model"
     SpeechCLForCTC(config).save_pretrained(folder)
     with pytest.raises(FileNotFoundError, match="has no README.md: a model goes to the Hub with its card"):
+        published_files(folder)
+    (folder / "README.md").write_text("---\ntitle: mine: a model\n---\n")
+    with pytest.raises(ValueError, match=r"README.md: its metadata cannot be read: mapping values"):
         published_files(folder)
     (folder / "README.md").write_text("# A model\n")
     published_files(folder)

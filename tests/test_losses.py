@@ -216,9 +216,10 @@ def test_target_frames_are_normalized_over_the_clip_alone():
     for clip, length in enumerate(lengths.tolist()):
         expected = reference.normalize_over_time(log_mel[clip], length)
         torch.testing.assert_close(normalized[clip], expected, rtol=1e-4, atol=1e-5)
-    stacked = stack_frames(normalized, num_frames=6)
+    stacked = stack_frames(normalized, num_frames=6, stack=4)
     assert stacked.shape == (3, 6, 16)
     torch.testing.assert_close(stacked[0, 1], normalized[0, 4:8].flatten())
+    assert stack_frames(normalized[:, :9], num_frames=2, stack=8).shape == (3, 2, 32)
 
 
 def test_gumbel_quantizer_picks_the_likeliest_code_in_evaluation():

@@ -303,6 +303,7 @@ def test_layerdrop_bypasses_whole_layers_in_training_only(clips):
     hidden_states = model.train()(values, output_hidden_states=True).hidden_states
     dropped = model(values).last_hidden_state
     torch.testing.assert_close(dropped, model.norm(hidden_states[0]))
+    torch.testing.assert_close(hidden_states[1], hidden_states[0])
     assert not torch.allclose(model.eval()(values).last_hidden_state, dropped)
 
 

@@ -155,6 +155,31 @@ def test_learned_temperature_starts_at_the_option_and_gets_a_gradient(clips):
     assert objective.log_temperature.exp().item() == pytest.approx(0.3)
     model(**make_batch(model, clips)).loss.backward()
     assert objective.log_temperature.grad != 0
+    objective.log_temperature.data.fill_(-10)
+    objective.after_update(model.speechcl)
+    assert objective.temperature.item() == pytest.approx(0.01)
+    objective.temperature.backward()
+    assert objective.log_temperature.grad != 0
+
+
+@pytest.mark.parametrize("name", ["best_rq", "denoising", "masked_reconstruction"])
+@pytest.mark.parametrize("num_samples", [1600, 6500, 7800])
+def test_short_clips_have_whole_target_frames_at_a_low_rate(name, num_samples, clips):
+    model = SpeechCLForPreTraining(SpeechCLConfig(**TINY, subsampling_factor=8, objectives={name: {}}))
+    batch = make_batch(model, [clips[0][:num_samples]], corrupt_input=model.collator_options().get("corrupt_input"))
+    assert torch.isfinite(model(**batch).loss)
+
+
+def test_data2vec_refuses_an_encoder_without_layers(config):
+    config.num_hidden_layers = 0
+    with pytest.raises(ValueError, match="num_hidden_layers is 0"):
+        OBJECTIVES["data2vec"](config)
+
+
+def test_one_view_of_one_clip_passes_the_batch_norm_by(clips):
+    model = make_model("triplet")
+    embedded = model.objectives["triplet"].train().embed(model.speechcl, make_batch(model, clips[:1]))
+    assert torch.isfinite(model.objectives["triplet"].compare(embedded).loss)
 
 
 def test_objectives_share_encoder_passes(pretraining_config, clips):

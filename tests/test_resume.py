@@ -18,7 +18,8 @@ from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
 
 def test_a_run_does_not_go_on_under_other_options(tmp_path):
     def keep(checkpoint, **changes):
-        args = SpeechTrainingArguments(output_dir=str(tmp_path), use_cpu=True, seed=changes.pop("seed", 0))
+        of_training = {name: changes.pop(name) for name in ("seed", "learning_rate") if name in changes}
+        args = SpeechTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{"seed": 0} | of_training)
         keep_options(args, checkpoint, PretrainingDataArguments(**changes))
 
     keep(None)
@@ -27,6 +28,8 @@ def test_a_run_does_not_go_on_under_other_options(tmp_path):
         keep("checkpoint-1", mask_prob=0.3)
     with pytest.raises(ValueError, match=r"seed=0, now 7"):
         keep("checkpoint-1", seed=7)
+    with pytest.raises(ValueError, match=r"learning_rate=0.0005, now 0.1"):
+        keep("checkpoint-1", learning_rate=0.1)
     keep(None, mask_prob=0.3)
 
 

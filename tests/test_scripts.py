@@ -180,6 +180,7 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path)
         ("pretrain.py", ["--encoder", "huge"], "encoder 'huge': expected tiny, small, base, large, starter, a folder"),
         ("pretrain.py", ["--encoder_options", "width=3"], "SpeechCLConfig has no field width"),
         ("pretrain.py", ["--per_device_train_batch_size", "4"], "batches are measured in seconds, set max_seconds"),
+        ("pretrain.py", ["--auto_find_batch_size", "True"], "auto_find_batch_size is not used: batches are measured"),
         ("finetune_ctc.py", ["--label_smoothing_factor", "0.1"], "label_smoothing_factor is not used: no loss here"),
         ("pretrain.py", ["--train_sampling_strategy", "sequential"], "train_sampling_strategy is not used: batches"),
         ("pretrain.py", ["--corpus", "/no/such"], "no folder or file /no/such"),

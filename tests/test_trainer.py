@@ -131,6 +131,29 @@ def test_logged_scalars_are_those_of_all_batches_since_the_last_log(corpus, tmp_
     assert set(entry) >= {"grad_norm", "learning_rate", "best_rq/code_perplexity"}
 
 
+def test_a_training_line_after_a_validation_is_of_the_training(corpus, tmp_path):
+    trainer = make_pretraining_trainer(
+        corpus, tmp_path, {"info_nce": SMALL_OBJECTIVES["info_nce"]}, max_steps=2, logging_strategy="epoch",
+        eval_steps=1, save_strategy="no",
+    )  # fmt: skip
+    trainer.train()
+    *_, validation, training = (entry for entry in trainer.state.log_history if "train_runtime" not in entry)
+    assert training["info_nce/loss"] > 0
+    assert validation["eval_loss"] > 0
+    assert not any(name.startswith("eval") for name in training)
+
+
+def test_a_batch_whose_clips_are_all_skipped_teaches_a_recogniser_nothing(corpus, tmp_path):
+    trainer = make_ctc_trainer(corpus, tmp_path)
+    items = [trainer.train_dataset[0, index] for index in range(3)]
+    skipped = trainer.data_collator([items[0] | {"input_values": None}])
+    loss, found = gradients(trainer, [dict(skipped)])
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in found.values())
+    whole = gradients(trainer, [trainer.data_collator(items)])
+    assert_equal(gradients(trainer, [trainer.data_collator(items), skipped]), whole)
+
+
 def test_training_stops_when_the_loss_is_not_finite(corpus, tmp_path):
     trainer = make_pretraining_trainer(corpus, tmp_path)
     nn.init.constant_(trainer.model.speechcl.norm.weight, float("nan"))

@@ -1,15 +1,19 @@
 """Clips, recordings and files to text."""
 
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import (
     MoonshineConfig,
     MoonshineForConditionalGeneration,
+    Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
 )
 
 from hf_speechcl import SpeechCLModel
@@ -23,7 +27,7 @@ from hf_speechcl.recordings import (
     cut_windows,
 )
 from hf_speechcl.transcribe import find_recordings, main, make_cues, render
-from tests.recognizers import RATE, TEXT, tiny_recognizer, write
+from tests.recognizers import CONVOLUTIONS, LAYER_NORM, RATE, SMALL, TEXT, tiny_recognizer, write
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,19 @@ def test_a_clip_in_a_batch_has_the_posteriors_and_the_text_it_has_alone(name, cl
     transcripts = recognizer.transcribe(clips)
     assert transcripts[2] == Transcript("", [], None)
     assert all(word.end <= seconds + 0.1 for word in transcripts[0].words)
+
+
+def test_frames_of_an_adapter_are_longer(clips):
+    torch.manual_seed(0)
+    processor = build_processor([TEXT], RATE)
+    options = {**SMALL, **CONVOLUTIONS, **LAYER_NORM, "vocab_size": len(processor.tokenizer), "add_adapter": True}
+    model = Wav2Vec2ForCTC(Wav2Vec2Config(**options))
+    features = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    recognizer = SpeechRecognizer(model, features, processor.tokenizer)
+    assert recognizer.samples_per_frame == 320 * 8
+    whole = np.concatenate(clips)
+    (found,) = recognizer.log_probs([whole])
+    assert len(found) == pytest.approx(len(whole) / recognizer.samples_per_frame, abs=2)
 
 
 def test_text_of_a_clip_is_that_of_the_pipeline(recognizer, clips):
@@ -174,6 +191,7 @@ def test_speech_to_text_models_are_heard_through_the_pipeline(clips, tmp_path):
     assert transcripts[0].text
     assert transcripts[0].words is None
     assert transcripts[1].text == ""
+    assert recognizer.transcribe([clips[2][:100]])[0].words is None  # shorter than its convolutions
     for dtype in ("bfloat16", "int8"):
         assert SpeechRecognizer.from_pretrained(tmp_path, dtype=dtype).transcribe([clips[2]])[0].text
     file = write(tmp_path / "a.wav", np.concatenate([clips[2], np.zeros(2 * RATE, np.float32), clips[3]]))
@@ -277,6 +295,36 @@ def test_transcribe_stops_in_the_first_second_at_wrong_options(audio_folder, cap
     with pytest.raises(SystemExit, match="clip0.wav: two files of this name"):
         main(["model", clip, str(other)])
     assert list(find_recordings([clip, clip])) == ["clip0.wav"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_a_bar_of_seconds(model_folder, audio_folder, monkeypatch):
+    for name, size in {"COLUMNS": "100", "LINES": "40"}.items():
+        monkeypatch.setenv(name, size)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    main([str(model_folder), str(audio_folder / "clip2.wav"), "--device", "cpu"])
+    seconds = soundfile.info(audio_folder / "clip2.wav").duration
+    assert f"{seconds:.0f}/{seconds:.0f} s" in terminal.getvalue()
+
+
+def test_a_wrong_chunk_and_a_file_for_a_folder_stop_before_any_recording_is_read(model_folder, audio_folder):
+    clip = str(audio_folder / "clip0.wav")
+    with pytest.raises(SystemExit, match="error: chunk_seconds 0.1: chunks of this model overlap"):
+        main([str(model_folder), clip, "--chunk_seconds", "0.1"])
+    with pytest.raises(SystemExit, match="error: .*File exists.*clip1.wav"):
+        main(["model", clip, "--output_dir", str(audio_folder / "clip1.wav")])
+
+
+def test_a_word_longer_than_a_cue_is_divided():
+    cues = make_cues([(0.0, 40.0, Transcript("", words(("語" * 200, 0.0, 40.0)), 0.9))])
+    assert "".join(cue.text.replace("\n", "") for cue in cues) == "語" * 200
+    assert all(cue.end - cue.start <= 6.5 for cue in cues)
+    assert max(cue.text.count("\n") for cue in cues) <= 1
 
 
 def test_unreadable_recordings_are_errors_with_a_reason(recognizer, tmp_path):

@@ -38,8 +38,11 @@ class Data2Vec(Objective):
             0.9999). In runs of hundreds of updates take 0.99 or the teacher stays what it was drawn as.
         ema_anneal: share of the run over which the decay rises linearly (30,000 of 400,000 updates in the paper).
 
-    Source: Baevski et al. 2022, arXiv 2202.03555. Differs from it in taking whole layer outputs rather than those of
-    the feed-forward blocks.
+    Raises:
+        ValueError: a decay above 1, or an encoder without layers.
+
+    Source: Baevski et al. 2022, arXiv 2202.03555. Differs from it in taking whole layer outputs, of the last
+    layer after the final norm, rather than those of the feed-forward blocks.
     """
 
     uses_mask = True
@@ -57,6 +60,8 @@ class Data2Vec(Objective):
         for name, decay in (("ema_decay_start", ema_decay_start), ("ema_decay_end", ema_decay_end)):
             if decay > 1:
                 raise ValueError(f"data2vec.{name} must be at most 1, found {decay}")
+        if config.num_hidden_layers < 1:
+            raise ValueError("data2vec predicts what layers give: num_hidden_layers is 0")
         self.top_layers = min(top_layers, config.num_hidden_layers)
         self.ema_decay_start, self.ema_decay_end, self.ema_anneal = ema_decay_start, ema_decay_end, ema_anneal
         self.decay = ema_decay_start

@@ -9,6 +9,8 @@ from transformers import initialization as init
 from .base import ObjectiveOutput, in_float32
 from .utterance import UtteranceObjective
 
+LOWEST_TEMPERATURE = 0.01  # that is learnt
+
 
 @in_float32
 def nt_xent_logits(embeddings: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,12 @@ class InfoNCE(UtteranceObjective):
     def temperature(self) -> torch.Tensor:
         if self.log_temperature is None:
             return torch.tensor(self.initial_temperature)
-        return self.log_temperature.exp().clamp_min(0.01)
+        return self.log_temperature.exp()
+
+    @torch.no_grad()
+    def after_update(self, encoder):
+        if self.log_temperature is not None:
+            self.log_temperature.clamp_(min=math.log(LOWEST_TEMPERATURE))
 
     def init_weights(self):
         if self.log_temperature is not None:

@@ -26,9 +26,8 @@ def normalize_over_time(frames: torch.Tensor, lengths: torch.Tensor) -> torch.Te
     return (frames - mean) * (variance + 1e-5).rsqrt() * mask
 
 
-def stack_frames(log_mel: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """(B, F, M) → (B, T, k * M): k = ceil(F / T) log-mel frames side by side for each of the T encoder frames."""
-    stack = -(-log_mel.shape[1] // num_frames)
+def stack_frames(log_mel: torch.Tensor, num_frames: int, stack: int) -> torch.Tensor:
+    """(B, F, M) → (B, T, k * M): k log-mel frames side by side for each of the T encoder frames, zeros where F ends."""
     padded = nn.functional.pad(log_mel, (0, 0, 0, stack * num_frames - log_mel.shape[1]))
     return padded.reshape(len(log_mel), num_frames, -1)  # (B, T * k, M) -> (B, T, k * M)
 
@@ -77,4 +76,4 @@ class LogMelTargets(nn.Module):
         else:
             hop = self.log_mel.config.hop_length
             lengths = (-(-attention_mask.sum(-1) // hop)).clamp_max(log_mel.shape[1])
-        return stack_frames(normalize_over_time(log_mel, lengths), num_frames)
+        return stack_frames(normalize_over_time(log_mel, lengths), num_frames, self.mel_per_frame)

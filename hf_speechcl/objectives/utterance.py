@@ -64,7 +64,7 @@ class UtteranceObjective(Objective):
         """Loss of the clips that `embed` made vectors of, compared with each other in float32."""
         embeddings = embedded["embeddings"]
         with torch.autocast(embeddings.device.type, enabled=False):
-            if len(embeddings):
+            if embeddings.shape[:2].numel() > (1 if self.training else 0):  # one vector has no variance
                 embeddings = self.batch_norm(embeddings.flatten(0, 1)).view_as(embeddings)
             output = self.contrast(embeddings, embedded["labels"], embedded["keys"])
         output.states["embeddings"] = embeddings.detach().flatten(0, 1)

@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from ..cards import LICENSES
@@ -127,6 +127,7 @@ class PretrainingModelArguments:
     )
 
 
+BY_OWN_LOOP = "validation adds up sums over its batches, in the precision of training"
 IN_SECONDS = "batches are measured in seconds, set max_seconds_per_batch"
 BY_LENGTH = "batches are made of clips of like length, in random order"
 NOT_USED = {
@@ -134,6 +135,13 @@ NOT_USED = {
     "per_device_eval_batch_size": IN_SECONDS,
     "train_sampling_strategy": BY_LENGTH,
     "length_column_name": BY_LENGTH,
+    "auto_find_batch_size": IN_SECONDS,
+    "dataloader_drop_last": "every clip is in a batch",
+    "bf16_full_eval": BY_OWN_LOOP,
+    "fp16_full_eval": BY_OWN_LOOP,
+    "eval_accumulation_steps": BY_OWN_LOOP,
+    "prediction_loss_only": BY_OWN_LOOP,
+    "batch_eval_metrics": BY_OWN_LOOP,
     "label_smoothing_factor": "no loss here has labels to smooth",
 }
 
@@ -209,6 +217,23 @@ class SpeechTrainingArguments(TrainingArguments):
             name: source_name(value) if isinstance(value, str) and value.startswith(("/", "~")) else value
             for name, value in shown.items()
         }
+
+
+def read_config(name: str, folder: str, **options) -> SpeechCLConfig:
+    """Configuration of a model of this package.
+
+    Args:
+        name: of the model, as it was given.
+        folder: that it is in.
+        options: fields to change.
+
+    Raises:
+        ValueError: it is a model of another kind.
+    """
+    config = AutoConfig.from_pretrained(folder, **options)
+    if not isinstance(config, SpeechCLConfig):
+        raise ValueError(f"{name} is a {config.model_type} model: expected one that hf_speechcl pre-trained")
+    return config
 
 
 def parse_config_options(assignments: list[str], field: str) -> dict:

@@ -133,7 +133,8 @@ class CTCTrainer(FineTuningTrainer):
                 frames = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1))
             is_blank = (tokens == self.model.config.pad_token_id) & length_mask(frames, tokens.shape[1])
             metrics = {"blanks": is_blank.sum(), "frames": frames.sum()}
-        return {"ctc": ObjectiveOutput(outputs.loss, self.count_items(inputs)["ctc"], metrics)}
+        loss = outputs.loss * (len(index) > 0)  # the silence that stands for a batch without clips teaches nothing
+        return {"ctc": ObjectiveOutput(loss, self.count_items(inputs)["ctc"], metrics)}
 
     def count_items(self, inputs):
         return {"ctc": (inputs["labels"] >= 0).sum()}
@@ -152,7 +153,7 @@ class CTCTrainer(FineTuningTrainer):
 
     def summarize(self, sums):
         scalars = super().summarize(sums)
-        if not self.model.training:
+        if self.is_validating:
             found = dict(gather_object(self.hypotheses))
             self.hypotheses = []
             hypotheses = [found.get(index, "") for index in range(len(self.references))]

@@ -113,7 +113,7 @@ class ClassificationTrainer(FineTuningTrainer):
 
     def summarize(self, sums):
         scalars = super().summarize(sums)
-        if not self.model.training:
+        if self.is_validating:
             found = dict(gather_object(self.predictions))
             self.predictions = []
             # A clip that could not be decoded counts as an error.
@@ -213,7 +213,12 @@ def write_classifier_card(
         model=describe_model(config, trainer.model.num_parameters()),
         training=f"{describe_finetuning(trainer, model_args, data_args)} "
         + describe_run(
-            args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step, trainer.audio_hours
+            args,
+            data_args.max_seconds_per_batch,
+            runtime_seconds,
+            trainer.state.global_step,
+            trainer.taken_update,
+            trainer.audio_hours,
         ),
         results="On the validation clips, with bootstrap 95% intervals (`_low`, `_high`); `majority` is the accuracy "
         f"of always naming the most frequent class, chance is {1 / len(names):.3g}.\n\n" + metrics_table(metrics),

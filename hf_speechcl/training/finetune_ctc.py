@@ -230,7 +230,12 @@ def write_recognizer_card(
         model=describe_model(config, trainer.model.num_parameters()),
         training=f"{describe_finetuning(trainer, model_args, data_args)} {written_by_machine}Text: {policy}. "
         + describe_run(
-            args, data_args.max_seconds_per_batch, runtime_seconds, trainer.state.global_step, trainer.audio_hours
+            args,
+            data_args.max_seconds_per_batch,
+            runtime_seconds,
+            trainer.state.global_step,
+            trainer.taken_update,
+            trainer.audio_hours,
         ),
         results="On the validation clips; error rates are shares, with bootstrap 95% intervals "
         "(`_low`, `_high`):\n\n" + metrics_table(metrics) + "\n\nError rates with 95% intervals over clips:",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..command_line import option
@@ -14,7 +14,7 @@ from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data.folders import source_name
 from ..hub import find_model, may_be_model
 from ..modeling_speechcl import SpeechCLHeadModel
-from .arguments import SpeechTrainingArguments, parse_config_options
+from .arguments import SpeechTrainingArguments, parse_config_options, read_config
 from .lora import add_lora, check_targets, import_peft
 from .trainer import SpeechTrainer
 
@@ -148,12 +148,7 @@ def load_config(model_args: FineTuningModelArguments) -> SpeechCLConfig:
         return SpeechCLConfig.from_size(model_args.model, **options)
     if not may_be_model(model_args.model):
         raise ValueError(f"model {model_args.model!r}: expected {', '.join(SIZES)}, starter, a folder or a Hub name")
-    config = AutoConfig.from_pretrained(model_args.folder, **options)
-    if not isinstance(config, SpeechCLConfig):
-        raise ValueError(
-            f"{model_args.model} is a {config.model_type} model: expected one that hf_speechcl pre-trained"
-        )
-    return config
+    return read_config(model_args.model, model_args.folder, **options)
 
 
 def build_model(
@@ -216,13 +211,7 @@ def describe_finetuning(trainer: "FineTuningTrainer", model_args: FineTuningMode
         f"clips begin up to {data_args.max_shift:g} s later, time masks {data_args.mask_time_prob:g} of "
         f"{data_args.mask_time_span:g} s, {data_args.num_feature_masks} mel masks up to {data_args.mask_feature_span}"
     )
-    text = "; ".join(parts) + "."
-    if trainer.taken_update < trainer.state.global_step:
-        text += (
-            f" The weights are those of update {trainer.taken_update}, the best of all checkpoints by "
-            f"{args.metric_for_best_model} on the validation clips, so results on these are a little too good."
-        )
-    return text
+    return "; ".join(parts) + "."
 
 
 class ValidateLast(TrainerCallback):
@@ -237,12 +226,6 @@ class FineTuningTrainer(SpeechTrainer):
     """Trains an encoder with a head: learning rates by depth, a frozen beginning, the best checkpoint at the end."""
 
     args: FineTuningArguments
-
-    @property
-    def taken_update(self) -> int:
-        """The update whose weights the model has when training is over."""
-        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        return self.state.best_global_step if is_best else self.state.global_step
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

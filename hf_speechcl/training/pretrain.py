@@ -38,6 +38,7 @@ from .arguments import (
     SpeechTrainingArguments,
     parse_config_options,
     parse_objectives,
+    read_config,
     set_up_logging,
 )
 from .pretraining_trainer import PretrainingTrainer
@@ -87,7 +88,7 @@ def build_model(model_args: PretrainingModelArguments, units: Units | None = Non
         )
     folder = find_model(model_args.encoder)
     check_units(units, folder)
-    earlier = (SpeechCLConfig.from_pretrained(folder).objectives or {}).get("best_rq")
+    earlier = (read_config(model_args.encoder, folder).objectives or {}).get("best_rq")
     if earlier and "best_rq" in objectives and earlier.get("seed", 0) != objectives["best_rq"].get("seed", 0):
         raise ValueError(
             f"best_rq.seed: {model_args.encoder} has quantisers of seed {earlier.get('seed', 0)}, go on with that one"
@@ -213,6 +214,7 @@ def write_encoder_card(
             data_args.max_seconds_per_batch,
             runtime_seconds,
             trainer.state.global_step,
+            trainer.taken_update,
             trainer.audio_hours,
         ),
         results=f"On the validation clips, with fixed masks; collapse guard: {trainer.guard.verdict}.\n\n"

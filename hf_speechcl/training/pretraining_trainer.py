@@ -228,7 +228,7 @@ class PretrainingTrainer(SpeechTrainer):
             return super().evaluate(*args, **kwargs)
 
     def summarize(self, sums):
-        if self.model.training:
+        if not self.is_validating:
             return super().summarize(sums)
         batches, self.embedded = gather_object(self.embedded), []
         for name, objective in self.model.comparing.items():

@@ -27,6 +27,13 @@ from ..objectives import ObjectiveOutput
 logger = logging.getLogger(__name__)
 
 
+# Training arguments that a run is not gone on with under other values: what differs would be passed over in silence.
+KEPT = (
+    *("seed", "data_seed", "gradient_accumulation_steps", "grad_cache", "learning_rate", "head_learning_rate"),
+    *("layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+
+
 class EpochDataLoader(DataLoader):
     """A DataLoader that hands `set_epoch` on to its batch sampler, as the Trainer expects."""
 
@@ -104,6 +111,7 @@ class SpeechTrainer(Trainer):
             for dataset in (self.train_dataset, self.eval_dataset):
                 dataset.keep_decoded(self.args.decoded_gb * 1e9)
         self.train_sums = Sums()
+        self.is_validating = False
         self.makes_ahead = self.args.device.type != "cpu"  # where the model runs on the same cores, nothing is won
         self.batches_of: tuple[Iterator | None, Iterator | None] = (None, None)
 
@@ -139,6 +147,7 @@ class SpeechTrainer(Trainer):
             num_workers=workers,
             generator=torch.Generator(),  # or each pass would draw from the generator that dropout draws from
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers > 0 else None,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
@@ -189,6 +198,12 @@ class SpeechTrainer(Trainer):
         super().log(logs, start_time)
 
     @property
+    def taken_update(self) -> int:
+        """The update whose weights the model has when training is over."""
+        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return self.state.best_global_step if is_best else self.state.global_step
+
+    @property
     def audio_hours(self) -> float:
         """Hours of audio trained on so far, repetitions included."""
         return (self.state.epoch or 0) * self.train_dataset.hours
@@ -202,8 +217,8 @@ class SpeechTrainer(Trainer):
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} at update {self.state.global_step}: lower learning_rate, raise warmup_steps or "
-                "train in float32, and go on from a checkpoint before that update; if it is the validation loss, see "
-                "above whether all its clips were skipped"
+                "train in float32, in a new run, which may begin with weights from before that update; if it is the "
+                "validation loss, see above whether all its clips were skipped"
             )
 
     def summarize(self, sums: Sums) -> dict[str, float]:
@@ -228,6 +243,17 @@ class SpeechTrainer(Trainer):
         loader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = loader
         self.model.eval()
+        self.is_validating = True
+        try:
+            metrics = self._validate(loader, metric_key_prefix)
+        finally:
+            self.is_validating = False
+        self.log(metrics)
+        self.check_finite(metrics[f"{metric_key_prefix}_loss"])
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validate(self, loader: DataLoader, prefix: str) -> dict[str, float]:
         sums = Sums()
         for inputs in ahead(loader) if self.makes_ahead else loader:
             inputs = self._prepare_inputs(inputs)
@@ -238,11 +264,7 @@ class SpeechTrainer(Trainer):
         scalars = self.summarize(sums)
         weights = self.objective_weights()
         metrics = {"loss": sum(weight * scalars.get(f"{name}/loss", math.nan) for name, weight in weights.items())}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (metrics | scalars).items()}
-        self.log(metrics)
-        self.check_finite(metrics[f"{metric_key_prefix}_loss"])
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return {f"{prefix}_{name}": value for name, value in (metrics | scalars).items()}
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -290,7 +312,7 @@ class SpeechTrainer(Trainer):
                 private=args.hub_private_repo,
                 revision=args.hub_revision,
                 token=args.hub_token,
-                commit_message=commit_message or f"Model after {self.state.global_step} updates",
+                commit_message=commit_message or f"Model after {self.taken_update} updates",
             )
         except Exception:
             logger.error("the run is complete, but not published: try again with scripts/publish.py")
@@ -374,7 +396,7 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     Of absolute paths the file keeps the last part and a hash.
 
     Args:
-        args: training arguments, of which the seeds and the accumulation count.
+        args: training arguments, of which the seeds, the accumulation and what a checkpoint's optimizer holds count.
         checkpoint: what the run goes on from, None for a new run.
         options: dataclasses of which every field counts.
 
@@ -382,7 +404,7 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
         ValueError: the run was begun with other options; names them.
     """
     current = {name: value for group in options for name, value in vars(group).items()}
-    current |= {name: getattr(args, name) for name in ("seed", "data_seed", "gradient_accumulation_steps")}
+    current |= {name: getattr(args, name) for name in KEPT if hasattr(args, name)}
     current = {name: without_folders(value) for name, value in current.items()}
     file = Path(args.output_dir) / "options.json"
     if checkpoint is not None and file.is_file():
