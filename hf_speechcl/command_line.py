@@ -75,7 +75,8 @@ def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
         parser.error(f"--config {file}: not YAML ({error})")
     if not isinstance(options, dict):
         parser.error(f"--config {file}: expected OPTION: VALUE lines, found {type(options).__name__}")
-    defaults = {action.dest: action.default for action in parser._actions}
+    # Of a truth value whose default is true there is an action --no_NAME too, after its own.
+    defaults = {action.dest: action.default for action in reversed(parser._actions)}
     if unknown := sorted(set(options) - set(defaults)):
         parser.error(f"--config {file}: unknown options: {', '.join(unknown)} (see --help)")
     argv = []
@@ -94,7 +95,7 @@ def parse_assignments(assignments: list[str], field: str) -> dict:
         if not equals or not name:
             raise ValueError(f"{field}: expected NAME=VALUE, found {assignment!r}")
         try:
-            number = yaml.load(value, _Loader)
+            number = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"{field}: {assignment!r} is not YAML ({error})") from None
         try:  # YAML takes 1e-3, without a point, for a string

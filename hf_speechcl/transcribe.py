@@ -28,6 +28,7 @@ SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
 CUE_CHARACTERS, CUE_LINES = 42, 2  # of a subtitle
 CUE_SECONDS, CUE_PAUSE = 6.0, 0.6
 CUE_LINGERS = 0.4  # seconds that a subtitle stays on after its last word, if none follows
+LONGEST_WORD = 30  # characters, where words have spaces between them
 
 DESCRIPTION = """Transcribe audio files of any length. MODEL and FILEs come first, options after them; a FILE may be a
 folder.
@@ -195,8 +196,8 @@ def render(name: str, utterances: list[tuple[float, float, Transcript]], format:
 
 
 def make_cues(utterances: Iterable[tuple[float, float, Transcript]]) -> list[Cue]:
-    """Subtitles: words up to a pause, two lines or six seconds; whole utterances where words have no times. A longer
-    word, as in scripts without spaces, is divided evenly."""
+    """Subtitles: words up to a pause, two lines or six seconds; whole utterances where words have no times. A word
+    that is more than a word, as in scripts without spaces, is divided evenly."""
     cues: list[Cue] = []
     for begin, finish, transcript in utterances:
         if transcript.words is None:
@@ -225,7 +226,9 @@ def make_cues(utterances: Iterable[tuple[float, float, Transcript]]) -> list[Cue
 def _divide(word: Word) -> list[Word]:
     """Parts of a word that are no longer than a cue may be."""
     seconds, size = word.end - word.start, len(word.text)
-    num_parts = max(math.ceil(seconds / CUE_SECONDS), math.ceil(size / (CUE_LINES * CUE_CHARACTERS)), 1)
+    num_parts = max(math.ceil(size / (CUE_LINES * CUE_CHARACTERS)), 1)
+    if size > LONGEST_WORD:
+        num_parts = max(num_parts, math.ceil(seconds / CUE_SECONDS))
     places = [size * part // num_parts for part in range(num_parts + 1)]
     times = [word.start + seconds * place / max(size, 1) for place in places]
     return [

@@ -194,7 +194,9 @@ def test_sub_folders_and_jsonl_metadata_make_splits(tmp_path, clips):
         ("dev_team/a.wav", "train"),
         ("LibriSpeech/dev-clean/84/a.flac", "validation"),
         ("test.other/a.wav", "test"),
-        ("/home/dev/a.wav", "train"),
+        ("training-data/dev/a.wav", "validation"),
+        ("test-corpus/train/a.wav", "train"),
+        ("dev-v1.0/train-00000-of-00001.parquet", "train"),
         ("speaker/eval/a.wav", "test"),
         ("data/test-00000-of-00002.parquet", "test"),
         ("validation.parquet", "validation"),
@@ -245,7 +247,12 @@ def test_column_that_holds_no_audio_is_named(tmp_path):
         ("metadata.csv", b"file_name,text\na.wav,Hello, world\n", "line 2: more fields than the header has; quote"),
         ("metadata.jsonl", b'["a.wav"]\n', "line 1: no column 'file_name'; it has list"),
         ("metadata.jsonl", b'{"file_name": 1}\n', "line 1: file_name is 1, expected a path"),
-        ("metadata.csv", b'file_name,text\na.wav,x\nb.wav,"y\nc.wav,z\n', "line 3: unexpected end of data; is a quot"),
+        ("metadata.csv", b'file_name,text\na.wav,x\nb.wav,"y\nc.wav,z\n', "line 3: unexpected end of data; a field"),
+        (
+            "metadata.csv",
+            b'file_name,text\na.wav,"x" y\n',
+            "line 2: .* expected after .*, and those within are doubled",
+        ),
     ],
 )
 def test_bad_metadata_is_named_by_file_and_line(file, content, message, tmp_path, clips):
@@ -291,6 +298,10 @@ def test_absolute_paths_into_the_folder_are_files_of_it(tmp_path, clips):
     corpus = load_corpus(str(folder))
     assert corpus["id"] == ["0.wav", "1.wav", str(names[2])]
     assert corpus["text"] == ["text"] * 3
+    (tmp_path / "dev/test").mkdir()
+    os.rename(names[2], tmp_path / "dev/test/2.wav")
+    (folder / "metadata.csv").write_text(f"file_name,text\n{tmp_path}/dev/test/2.wav,text\n")
+    assert corpus_splits(str(folder)) == ["test", "train"]
 
 
 def test_a_name_that_is_not_utf8_is_skipped_and_logged(audio_folder, caplog):

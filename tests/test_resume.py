@@ -1,5 +1,6 @@
 """A killed run goes on where it was."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -30,6 +31,10 @@ def test_a_run_does_not_go_on_under_other_options(tmp_path):
         keep("checkpoint-1", seed=7)
     with pytest.raises(ValueError, match=r"learning_rate=0.0005, now 0.1"):
         keep("checkpoint-1", learning_rate=0.1)
+    options = json.loads((tmp_path / "options.json").read_text())
+    del options["learning_rate"]  # of a version that kept less
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    keep("checkpoint-1")
     keep(None, mask_prob=0.3)
 
 

@@ -274,11 +274,11 @@ def test_unknown_option_in_a_configuration_file_is_named(tmp_path, capsys):
 
 def test_a_configuration_file_may_say_no_and_nothing(tmp_path):
     file = tmp_path / "options.yaml"
-    file.write_text("eval_strategy: no\npseudo_labels: []\nuse_cpu: true\ncorpus: [no]\n")
+    file.write_text("eval_strategy: no\npseudo_labels: []\nuse_cpu: true\ndataloader_pin_memory: false\ncorpus: [no]\n")
     _, data, *_, args = parse_arguments(
         finetune_ctc.ARGUMENTS, "", ["--config", str(file), "--output_dir", str(tmp_path)]
     )
-    assert (args.eval_strategy, args.use_cpu) == ("no", True)
+    assert (args.eval_strategy, args.use_cpu, args.dataloader_pin_memory) == ("no", True, False)
     assert (data.pseudo_labels, data.corpus) == ([], ["no"])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCTC
 from hf_speechcl import load_corpus
 from hf_speechcl.data import pseudo_labels
 from hf_speechcl.data.audio import read_audio, to_int16
-from hf_speechcl.data.pseudo_labels import SCHEMA, PseudoLabels, recording_key
+from hf_speechcl.data.pseudo_labels import SCHEMA, KnownRecordings, PseudoLabels, recording_key
 from hf_speechcl.recognizer import SpeechRecognizer
 from hf_speechcl.text_policy import TextPolicy
 from hf_speechcl.training import finetune_ctc, make_pseudo_labels
@@ -238,6 +238,14 @@ def write_labels(folder, clips, texts, recordings, **description):
     return folder
 
 
+def test_recordings_are_known_again_from_other_folders_and_not_by_their_last_name_alone():
+    known = KnownRecordings(["spk1/001.wav 3.00", "b.wav 1.00", "train/spk2/c.wav 2.00"])
+    for key in ("spk1/001.wav 3.00", "corpus/spk1/001.wav 3.00", "001.wav 3.00", "x/b.wav 1.00", "dev/spk2/c.wav 2.00"):
+        assert key in known, key
+    for key in ("spk2/001.wav 3.00", "spk1/001.wav 3.01", "a/spk2/001.wav 3.00", "c2.wav 2.00"):
+        assert key not in known, key
+
+
 def learn(trained, pseudo, folder, *options):
     argv = ["--model", str(trained / "encoder"), "--max_steps", "1", *FAST_RUN, "--pseudo_labels", str(pseudo)]
     finetune_ctc.main([*argv, "--output_dir", str(folder), *options])
@@ -246,7 +254,7 @@ def learn(trained, pseudo, folder, *options):
 def test_pseudo_labels_are_learnt_from_beside_the_corpus(trained, clips, tmp_path, caplog):
     train, validation = (load_corpus("demo", split) for split in ("train", "validation"))
     known = [recording_key(corpus[0]["id"], corpus[0]["duration"]) for corpus in (train, validation)]
-    assert known[0] == recording_key(f"elsewhere/{train[0]['id']}", train[0]["duration"])
+    known = [known[0].replace("/", "/validation/"), f"elsewhere/{known[1]}"]
     texts, recordings = ["Further clip", "Ünknown", "a", "b"], ["a 1.00", f"{train[0]['id']} 0.11", *known]
     pseudo = write_labels(tmp_path / "pseudo", clips[1:], texts, recordings, sampling_rate=8000)
     learn(trained, pseudo, tmp_path / "student")

@@ -325,6 +325,8 @@ def test_a_word_longer_than_a_cue_is_divided():
     assert "".join(cue.text.replace("\n", "") for cue in cues) == "語" * 200
     assert all(cue.end - cue.start <= 6.5 for cue in cues)
     assert max(cue.text.count("\n") for cue in cues) <= 1
+    (cue,) = make_cues([(0.0, 7.0, Transcript("", words(("hello", 0.0, 7.0)), 0.9))])
+    assert cue.text == "hello"
 
 
 def test_unreadable_recordings_are_errors_with_a_reason(recognizer, tmp_path):

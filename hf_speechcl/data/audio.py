@@ -4,6 +4,7 @@ import io
 import mmap
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,26 @@ def _count_samples(file: soundfile.SoundFile, data: bytes | None, path: str | No
             raise AudioError("several Ogg streams one behind the other, of which one would be read: re-encode it")
     elif file.subtype == "MPEG_LAYER_III":
         if data is None:
-            with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                samples, is_stated = count_samples(data)
+            state = Path(path).stat()
+            samples, is_stated = _count_in_file(path, state.st_size, state.st_mtime_ns)
         else:
             samples, is_stated = count_samples(data)
         if samples > file.frames + MPEG_DELAY:
             rate = file.samplerate
             raise AudioError(f"MP3 of {samples / rate:.1f} s, {file.frames / rate:.1f} s would be read: re-encode it")
-        return file.frames if is_stated else min(samples, file.frames)
+        return file.frames if is_stated or not samples else min(samples, file.frames)
     elif sizes := re.search(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE):
         declared, found = map(int, sizes.groups())
         if found < declared < UNKNOWN_SIZE:
             raise AudioError(f"truncated: {found} of {declared} bytes of samples are there")
     return file.frames
+
+
+@lru_cache(maxsize=1024)
+def _count_in_file(path: str, size: int, modified: int) -> tuple[int, bool]:
+    """As `count_samples`, once for a file in this state: parts of a long recording are read one by one."""
+    with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return count_samples(data)
 
 
 def _ogg_ends(data: bytes | None, path: str | None) -> tuple[bytes, bytes]:

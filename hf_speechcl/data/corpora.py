@@ -20,7 +20,7 @@ from pyarrow import compute
 
 from .audio import AudioError, read_duration
 from .demo import load_demo
-from .folders import AUDIO_SUFFIXES, Files, list_files, source_name, split_of
+from .folders import AUDIO_SUFFIXES, Files, list_files, relative_to, source_name, split_of
 from .index import indexed_durations
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def load_corpus(
             of a data set on the Hub, "user/name" or "user/name:config".
         split: which split. In a folder, sub-folders named train, validation, valid, val, dev, test or eval, or so and
             more behind - or a point (dev-clean), and parquet files whose names begin so, are splits. Audio that is in
-            none of them is of the split in whose sub-folder the metadata file lies that names it, or else train.
+            none of them is of the split in whose sub-folder the metadata file lies that names it, or else train. Audio
+            outside is judged by its path from the folder.
         audio_column, text_column: the columns of parquet files, metadata and Hub data sets.
         require_text: fail if a source has no text column.
         label_column: a column with the class of every clip (speaker, keyword, language), which comes as column label.
@@ -173,7 +174,8 @@ class _Source:
     @cached_property
     def split_of_file(self) -> np.ndarray:
         names = self.files.names.to_pylist()
-        return np.array([self.stated_splits.get(name) or split_of(name) for name in names], dtype=object)
+        splits = (self.stated_splits.get(name) or split_of(relative_to(self.files.folder, name)) for name in names)
+        return np.array([*splits], dtype=object)
 
     @cached_property
     def splits(self) -> list[str]:

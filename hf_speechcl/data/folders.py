@@ -77,24 +77,28 @@ def without_folders(value):
 def split_of(name: str) -> str:
     """The split of a file by its relative path.
 
-    The first folder on the path that bears the name of a split, or begins with one, as in `dev-clean`, decides; a
-    parquet file is also judged by its own name, as in `test-00000-of-00002.parquet`. What bears no such name is train,
-    and so is a file outside of the folder, which has an absolute path.
+    The first folder on the path that bears the name of a split decides, or else the first that begins with one, as in
+    `dev-clean`; a parquet file is also judged by the beginning of its own name, as in `test-00000-of-00002.parquet`.
+    What bears no such name is train.
     """
     return _named_split(name) or "train"
 
 
+def relative_to(folder: Path, name: str) -> str:
+    """A file's path from a folder, which may lead out of it."""
+    return Path(os.path.relpath(name, os.path.abspath(folder))).as_posix() if name.startswith("/") else name
+
+
 def _named_split(name: str) -> str | None:
-    if name.startswith("/"):
-        return None
     folders, _, file = name.lower().rpartition("/")
     return _split_of_parts(f"{folders}/{re.split('[-_.]', file)[0]}" if file.endswith(".parquet") else folders)
 
 
 @lru_cache(maxsize=1024)
 def _split_of_parts(parts: str) -> str | None:
-    beginnings = (re.split(r"[-.]", part)[0] for part in parts.split("/"))
-    return next((SPLIT_OF_NAME[name] for name in beginnings if name in SPLIT_OF_NAME), None)
+    parts = parts.split("/")
+    beginnings = [re.split(r"[-.]", part)[0] for part in parts]
+    return next((SPLIT_OF_NAME[name] for name in parts + beginnings if name in SPLIT_OF_NAME), None)
 
 
 def list_files(
@@ -199,7 +203,8 @@ def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], 
             for root in inside:
                 file = file.removeprefix(root)
             named.append(file)
-            if split is not None and _named_split(file) is None and splits.setdefault(file, split) != split:
+            is_unknown = split is not None and _named_split(relative_to(files.folder, file)) is None
+            if is_unknown and splits.setdefault(file, split) != split:
                 raise ValueError(f"{files.folder / name}: {file} is named in the metadata of split {splits[file]} too")
             for column in values:
                 value = entry.get(column)
@@ -239,20 +244,24 @@ def _read_metadata(file: Path, required: list[str]) -> Iterator[dict]:
 
 
 def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
-    reader, row = csv.DictReader(lines, strict=True), None
-    while True:
-        begin = reader.line_num + 1
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{file}, line {begin}: {error}; is a quotation mark opened and not closed?") from None
-        if row is None:
+    reader, begin = csv.DictReader(lines, strict=True), 1
+    try:
+        if reader.fieldnames is None:
             return
-        if None in row:
-            raise ValueError(
-                f"{file}, line {reader.line_num}: more fields than the header has; quote texts that hold commas"
-            )
-        yield reader.line_num, row
+        while True:
+            begin = reader.line_num + 1
+            if (row := next(reader, None)) is None:
+                return
+            if None in row:
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: more fields than the header has; quote texts that hold commas"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(
+            f"{file}, line {begin}: {error}; a field that begins with a quotation mark ends with one, and those within "
+            "are doubled"
+        ) from None
 
 
 def _json_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:

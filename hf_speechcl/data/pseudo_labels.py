@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .corpora import column_of, load_corpus
 from .dataset import SpeechDataset, clip_ids, decoded
-from .folders import source_name
+from .folders import SPLIT_OF_NAME, source_name
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class PseudoLabels:
         changed = [
             f"{name}={made_with.get(name)!r}, now {value!r}"
             for name, value in description["identity"].items()
-            if made_with.get(name) != value
+            if made_with.get(name, value) != value
         ]
         if changed:
             raise FileExistsError(
@@ -99,10 +100,36 @@ class PseudoLabels:
 
 
 def recording_key(id: str, seconds: float) -> str:
-    """What a recording is known by in other sources: its name, without folders, which depend on where a source begins,
-    and the numbers that `load_corpus` adds where two are the same, and, as names such as 001.wav are often used, its
-    length."""
-    return f"{re.sub(r'(#[0-9]+)+$', '', id).rpartition('/')[2]} {seconds:.2f}"
+    """What a recording is known by in other sources: its id, without the numbers that `load_corpus` adds where two have
+    the same, and, as ids such as 001.wav are often used, its length."""
+    return f"{re.sub(r'(#[0-9]+)+$', '', id)} {seconds:.2f}"
+
+
+class KnownRecordings:
+    """Recordings by their keys, each known again where it is named from another folder above or below, or moved to the
+    folder of a split.
+
+    Args:
+        keys: of `recording_key`.
+    """
+
+    def __init__(self, keys: Iterable[str]):
+        self.parts: dict[str, list[list[str]]] = {}
+        for key in keys:
+            folders, name = self._split(key)
+            self.parts.setdefault(name, []).append(folders)
+
+    def __contains__(self, key: str) -> bool:
+        folders, name = self._split(key)
+        return any(
+            all(one == other for one, other in zip(reversed(folders), reversed(known)))
+            for known in self.parts.get(name, [])
+        )
+
+    @staticmethod
+    def _split(key: str) -> tuple[list[str], str]:
+        *folders, name = key.split("/")
+        return [folder for folder in folders if folder.lower() not in SPLIT_OF_NAME], name
 
 
 def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> list[float]:
@@ -147,7 +174,7 @@ def load_pseudo_labels(folders: list[PseudoLabels], transcribed: Dataset) -> Dat
         transcribed: rows of the corpus that the true transcripts are of. Clips of its recordings are left out, and
             counted in the log: their texts are known, or they are held out.
     """
-    known = set(map(recording_key, column_of(transcribed, "id").to_pylist(), transcribed["duration"]))
+    known = KnownRecordings(map(recording_key, column_of(transcribed, "id").to_pylist(), transcribed["duration"]))
     parts = []
     for labels in folders:
         name = source_name(str(labels.folder))

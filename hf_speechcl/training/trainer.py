@@ -410,7 +410,9 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     if checkpoint is not None and file.is_file():
         begun = json.loads(file.read_text(encoding="utf-8"))
         changed = [
-            f"{name}={begun.get(name)!r}, now {current[name]!r}" for name in current if begun.get(name) != current[name]
+            f"{name}={begun[name]!r}, now {value!r}"
+            for name, value in current.items()
+            if begun.get(name, value) != value
         ]
         if changed:
             raise ValueError(
