@@ -444,8 +444,8 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
 
         Returns:
             `last_hidden_state` (B, T, hidden_size) and `extract_features` (B, T, conv_dim), the latter taken before
-            masking, with T = ceil(S / inputs_to_logits_ratio); `log_mel` (B, F, num_mel_bins); `hidden_states` and
-            `attentions` when asked for.
+            masking, with T = ceil(S / inputs_to_logits_ratio); `log_mel` (B, F, num_mel_bins); `hidden_states` when
+            asked for, the last after the final norm, and `attentions` too, where attention is eager.
         """
         if input_values.ndim != 2 or input_values.shape[1] == 0:
             raise ValueError(
