@@ -2,7 +2,8 @@
 # From unlabelled audio to a transcript, on the embedded corpus:  bash scripts/quickstart.sh [SEED [FOLDER]]
 #
 # Pre-trains on the training audio without its text, fine-tunes on its transcripts, trains the same model from scratch
-# for as many updates, and scores both on the test split, whose texts neither has seen.
+# for as many updates, and scores both on the test split, whose texts neither has seen, alone and with an n-gram of the
+# training transcripts.
 set -euo pipefail
 
 source "$(dirname "$0")/environment.sh" pinned
@@ -37,15 +38,21 @@ if ! wait "$scratch"; then
   exit 1
 fi
 
-echo "3/4  Scoring both on the test split"
-score() {
-  "$python" scripts/evaluate.py --device cpu --model "$out/$1" --split test \
-    --add_to_card True --output_file "$out/$1/test.json" > "$out/$1-test.log" 2>&1 || { tail -n 20 "$out/$1-test.log" >&2; return 1; }
+echo "3/4  Scoring both on the test split, alone and with an n-gram of the training transcripts"
+score() {  # MODEL NAME OPTIONS
+  "$python" scripts/evaluate.py --device cpu --model "$out/$1" --split test --add_to_card True \
+    --output_file "$out/$1/$2.json" "${@:3}" > "$out/$1-$2.log" 2>&1 || { tail -n 20 "$out/$1-$2.log" >&2; return 1; }
 }
-score scratch &
-scratch=$!
-score recognizer
-wait "$scratch"
+"$python" scripts/build_lm.py --model "$out/recognizer" --corpus demo --output_file "$out/lm.arpa" > "$out/lm.log" 2>&1
+ngram=(--beam_width 100 --lm "$out/lm.arpa" --lm_weight 0.75 --word_bonus 1)  # chosen on the validation clips
+score_both() {
+  score scratch "$@" &
+  scratch=$!
+  score recognizer "$@"
+  wait "$scratch"
+}
+score_both test
+score_both test-ngram "${ngram[@]}"
 
 echo "4/4  Transcribing"
 "$python" scripts/quickstart_summary.py "$out" "$((SECONDS - started))"

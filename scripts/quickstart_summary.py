@@ -36,14 +36,18 @@ def main(folder: Path, seconds: float) -> None:
     texts = recognizer([read_audio(row["audio"], 16000) for row in chosen])
 
     print(f"\nTest split, {len(test)} clips, texts never seen; shares of words and characters, [95% interval]\n")
-    print(f"{'':14} {'WER':24} {'CER':24}")
-    for label, run in {"pre-trained": "recognizer", "from scratch": "scratch"}.items():
-        scores = json.loads((folder / run / "test.json").read_text())
-        cells = [f"{scores[m]:6.1%} [{scores[m + '_low']:.1%}, {scores[m + '_high']:.1%}]" for m in ("wer", "cer")]
-        print(f"{label:14} {cells[0]:24} {cells[1]:24}")
-    print("\nThree test clips through the pipeline:")
+    print(f"{'':30} {'WER':24} {'CER':24}")
+    for ending, file in {"": "test", ", with the n-gram": "test-ngram"}.items():
+        for label, run in {"pre-trained": "recognizer", "from scratch": "scratch"}.items():
+            scores = json.loads((folder / run / f"{file}.json").read_text())
+            cells = [f"{scores[m]:6.1%} [{scores[m + '_low']:.1%}, {scores[m + '_high']:.1%}]" for m in ("wer", "cer")]
+            print(f"{label + ending:30} {cells[0]:24} {cells[1]:24}")
+    print("\nThree test clips, through the pipeline and with the n-gram:")
+    found = json.loads((folder / "recognizer/test-ngram.json").read_text())["transcripts"]
+    with_ngram = {clip["id"]: clip["hypothesis"] for clip in found}
     for row, text in zip(chosen, texts):
         print(f"  {row['id']}\n    reference   {normalize_text(row['text'])}\n    transcript  {text['text']}")
+        print(f"    with n-gram {with_ngram[row['id']]}")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     print(f"\nCurves: {folder / 'curves.png'}\nModel with its card: {folder / 'recognizer'}\nTime: {seconds:.0f} s")
