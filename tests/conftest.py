@@ -1,6 +1,7 @@
 """Shared fixtures: a very small encoder, real clips of the embedded corpus, and a home of its own for every cache."""
 
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -171,6 +172,12 @@ def make_batch(model, clips, labels=None, **options):
     batch = make_collator(model, **options)(as_items(clips, labels))
     batch.pop("num_skipped")
     return float_waveforms(batch)
+
+
+def wav_bytes(samples, rate=16000, subtype="PCM_16", format="WAV"):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, subtype=subtype, format=format)
+    return buffer.getvalue()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from hf_speechcl.data import SpeechDataset, corpora, index
 from hf_speechcl.data.audio import AudioError, read_duration
 from hf_speechcl.data.corpora import load_train_and_validation
 from hf_speechcl.data.folders import INDEX_FILE
-from tests.test_data import wav_bytes
+from tests.conftest import wav_bytes
 
 
 @pytest.fixture
