@@ -204,17 +204,14 @@ def describe_objectives(objectives: dict[str, dict]) -> str:
     return "\n".join(rows)
 
 
-def describe_run(
-    args, max_seconds_per_batch: float, runtime_seconds: float, num_updates: int, taken_update: int, hours: float
-) -> str:
+def describe_run(trainer, runtime_seconds: float) -> str:
     """One paragraph on how a model was trained and on what.
 
     Args:
-        args: training arguments.
-        num_updates, taken_update: that were made, and the one whose weights the model has.
-        hours: of audio that went through the model, repetitions included.
+        trainer: a `SpeechTrainer` whose training is over.
     """
-    batch = max_seconds_per_batch * args.gradient_accumulation_steps * args.world_size
+    args, num_updates = trainer.args, trainer.state.global_step
+    batch = trainer.max_seconds_per_batch * args.gradient_accumulation_steps * args.world_size
     precision = "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32"
     since = " since it was last resumed" if args.resume_from_checkpoint else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "accelerate"))
@@ -224,14 +221,14 @@ def describe_run(
         else f"{args.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
     )
     choice = (
-        f" The weights are those of update {taken_update}, the best of all checkpoints by "
+        f" The weights are those of update {trainer.taken_update}, the best of all checkpoints by "
         f"{args.metric_for_best_model} on the validation clips, so results on these are a little too good."
-        if taken_update < num_updates
+        if trainer.taken_update < num_updates
         else ""
     )
     return (
-        f"{num_updates} updates of up to {batch:g} s of audio, {hours:.2f} hours in all with repetitions; optimizer "
-        f"{OptimizerNames(args.optim).value}, highest learning rate {args.learning_rate:g}, {precision}, "
+        f"{num_updates} updates of up to {batch:g} s of audio, {trainer.audio_hours:.2f} hours in all with repetitions; "
+        f"optimizer {OptimizerNames(args.optim).value}, highest learning rate {args.learning_rate:g}, {precision}, "
         f"seed {args.seed}. {runtime_seconds / 60:.1f} minutes{since} on {args.world_size} process(es), device "
         f"{device}. hf_speechcl {__version__}, {packages}.{choice}"
     )

@@ -43,7 +43,7 @@ score() {  # MODEL NAME OPTIONS
   "$python" scripts/evaluate.py --device cpu --model "$out/$1" --split test --add_to_card True \
     --output_file "$out/$1/$2.json" "${@:3}" > "$out/$1-$2.log" 2>&1 || { tail -n 20 "$out/$1-$2.log" >&2; return 1; }
 }
-"$python" scripts/build_lm.py --model "$out/recognizer" --corpus demo --output_file "$out/lm.arpa" > "$out/lm.log" 2>&1
+"$python" scripts/build_lm.py --model "$out/recognizer" --corpus demo --output_file "$out/lm.arpa" > "$out/lm.log" 2>&1 || { tail -n 20 "$out/lm.log" >&2; exit 1; }
 ngram=(--beam_width 100 --lm "$out/lm.arpa" --lm_weight 0.75 --word_bonus 1)  # chosen on the validation clips
 score_both() {
   score scratch "$@" &

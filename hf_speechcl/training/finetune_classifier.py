@@ -211,15 +211,7 @@ def write_classifier_card(
             for split, data in [("train", trainer.train_dataset), ("validation", trainer.eval_dataset)]
         ],
         model=describe_model(config, trainer.model.num_parameters()),
-        training=f"{describe_finetuning(trainer, model_args, data_args)} "
-        + describe_run(
-            args,
-            data_args.max_seconds_per_batch,
-            runtime_seconds,
-            trainer.state.global_step,
-            trainer.taken_update,
-            trainer.audio_hours,
-        ),
+        training=f"{describe_finetuning(trainer, model_args, data_args)} " + describe_run(trainer, runtime_seconds),
         results="On the validation clips, with bootstrap 95% intervals (`_low`, `_high`); `majority` is the accuracy "
         f"of always naming the most frequent class, chance is {1 / len(names):.3g}.\n\n" + metrics_table(metrics),
         limits=describe_limits(trainer.train_dataset.hours) + " It names one of its classes for any sound.",

@@ -229,14 +229,7 @@ def write_recognizer_card(
         data=[*data, data_row(data_args.corpus, "validation", validation.corpus)],
         model=describe_model(config, trainer.model.num_parameters()),
         training=f"{describe_finetuning(trainer, model_args, data_args)} {written_by_machine}Text: {policy}. "
-        + describe_run(
-            args,
-            data_args.max_seconds_per_batch,
-            runtime_seconds,
-            trainer.state.global_step,
-            trainer.taken_update,
-            trainer.audio_hours,
-        ),
+        + describe_run(trainer, runtime_seconds),
         results="On the validation clips; error rates are shares, with bootstrap 95% intervals "
         "(`_low`, `_high`):\n\n" + metrics_table(metrics) + "\n\nError rates with 95% intervals over clips:",
         limits=describe_limits(trainer.train_dataset.hours)

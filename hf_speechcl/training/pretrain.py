@@ -87,13 +87,13 @@ def build_model(model_args: PretrainingModelArguments, units: Units | None = Non
             f"encoder {model_args.encoder!r}: expected {', '.join(SIZES)}, starter, a folder or a Hub name"
         )
     folder = find_model(model_args.encoder)
-    check_units(units, folder)
     earlier = (read_config(model_args.encoder, folder).objectives or {}).get("best_rq")
+    check_units(units, folder)
     if earlier and "best_rq" in objectives and earlier.get("seed", 0) != objectives["best_rq"].get("seed", 0):
         raise ValueError(
             f"best_rq.seed: {model_args.encoder} has quantisers of seed {earlier.get('seed', 0)}, go on with that one"
         )
-    config = SpeechCLConfig.from_pretrained(folder, objectives=objectives)
+    config = read_config(model_args.encoder, folder, objectives=objectives)
     # Objectives may have other options than those the folder was trained with: what no longer fits is drawn anew.
     return SpeechCLForPreTraining.from_pretrained(
         folder, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
@@ -209,14 +209,7 @@ def write_encoder_card(
         model=describe_model(config, trainer.model.speechcl.num_parameters()),
         training=f"Objectives{began}, with all their settings:\n\n{describe_objectives(config.objectives)}\n\n"
         f"Masked spans of {data_args.mask_span:g} s, together {data_args.mask_prob:g} of a clip before overlaps. "
-        + describe_run(
-            args,
-            data_args.max_seconds_per_batch,
-            runtime_seconds,
-            trainer.state.global_step,
-            trainer.taken_update,
-            trainer.audio_hours,
-        ),
+        + describe_run(trainer, runtime_seconds),
         results=f"On the validation clips, with fixed masks; collapse guard: {trainer.guard.verdict}.\n\n"
         + metrics_table(metrics),
         limits=describe_limits(trainer.train_dataset.hours)
