@@ -228,9 +228,9 @@ def describe_run(trainer, runtime_seconds: float) -> str:
     )
     return (
         f"{num_updates} updates of up to {batch:g} s of audio, {trainer.audio_hours:.2f} hours in all with "
-        f"repetitions; optimizer {OptimizerNames(args.optim).value}, highest learning rate {args.learning_rate:g}, {precision}, "
-        f"seed {args.seed}. {runtime_seconds / 60:.1f} minutes{since} on {args.world_size} process(es), device "
-        f"{device}. hf_speechcl {__version__}, {packages}.{choice}"
+        f"repetitions; optimizer {OptimizerNames(args.optim).value}, highest learning rate {args.learning_rate:g}, "
+        f"{precision}, seed {args.seed}. {runtime_seconds / 60:.1f} minutes{since} on {args.world_size} process(es), "
+        f"device {device}. hf_speechcl {__version__}, {packages}.{choice}"
     )
 
 
