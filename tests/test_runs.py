@@ -13,7 +13,7 @@ from hf_speechcl.training.make_units import main as make_units
 from hf_speechcl.training.pretrain import main as pretrain
 from tests.conftest import ROOT
 
-# A run of 200 updates that takes seconds; hundreds of updates want a quicker teacher, and 2 minutes of audio few codes.
+# A run of 150 updates that takes seconds; hundreds of updates want a quicker teacher, and 2 minutes of audio few codes.
 OPTIONS = {
     "data2vec": "--objective_options data2vec.ema_decay_start=0.99 data2vec.ema_decay_end=0.999",
     "best_rq": "--objective_options best_rq.codebook_size=64",
@@ -21,8 +21,8 @@ OPTIONS = {
 }
 RUN = (
     "--encoder_options hidden_size=64 num_hidden_layers=2 num_attention_heads=2 intermediate_size=128 conv_dim=64 "
-    "hidden_dropout=0.1 --use_cpu --disable_tqdm True --report_to none --max_seconds_per_batch 12 --max_steps 200 "
-    "--save_steps 100 --eval_on_start True --eval_steps 200 --logging_steps 50 --learning_rate 1e-3 "
+    "hidden_dropout=0.1 --use_cpu --disable_tqdm True --report_to none --max_seconds_per_batch 12 --max_steps 150 "
+    "--save_steps 120 --eval_on_start True --eval_steps 150 --logging_steps 50 --learning_rate 1e-3 "
     "--view_augmentations gain=1"
 ).split()
 
@@ -48,14 +48,14 @@ def test_objective_learns_resumes_exactly_and_loads(name, tmp_path, request):
     assert json.loads((whole / "results.json").read_text())["eval_guard/verdict"] == 0
     assert "collapse guard: healthy" in (whole / "README.md").read_text()
 
-    shutil.copytree(whole / "checkpoint-100", again / "checkpoint-100")
+    shutil.copytree(whole / "checkpoint-120", again / "checkpoint-120")
     pretrain([*command, "--output_dir", str(again), "--resume_from_checkpoint", "last"])
     torch.testing.assert_close(
         load_file(again / "model.safetensors"), load_file(whole / "model.safetensors"), rtol=0, atol=0
     )
 
     if name == "data2vec":
-        halfway = load_file(whole / "checkpoint-100" / "model.safetensors")
+        halfway = load_file(whole / "checkpoint-120" / "model.safetensors")
         teacher = "objectives.data2vec.teacher.norm.bias"
         assert not torch.equal(halfway[teacher], load_file(whole / "model.safetensors")[teacher])
 
