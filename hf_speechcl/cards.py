@@ -213,7 +213,7 @@ def describe_run(trainer, runtime_seconds: float) -> str:
     args, num_updates = trainer.args, trainer.state.global_step
     batch = trainer.max_seconds_per_batch * args.gradient_accumulation_steps * args.world_size
     precision = "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32"
-    since = " since it was last resumed" if args.resume_from_checkpoint else ""
+    since = " since it was last resumed" if trainer.is_resumed else ""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "accelerate"))
     device = (
         torch.cuda.get_device_name(args.device)

@@ -60,7 +60,7 @@ class HiddenStates:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not hasattr(config, "inputs_to_logits_ratio"):
             raise ValueError(f"model {name}: {config.model_type} is no encoder of the wav2vec 2.0 family")
-        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False).eval().to(device)
+        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval().to(device)
         try:
             extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
             normalize, sampling_rate = extractor.do_normalize, extractor.sampling_rate

@@ -226,6 +226,25 @@ def test_best_checkpoint_is_taken_where_every_checkpoint_is_validated(options, e
         assert args.greater_is_better == greater_is_better
 
 
+@pytest.mark.parametrize(
+    ("rates", "best"),
+    [
+        ((0.9, 0.8, 0.5, 0.6, 0.7, 0.65), 4),  # update 3 was better and has no checkpoint
+        ((0.5, 0.8, 0.6, 0.6, 0.7, 0.7), 4),
+        ((1.0, 1.0, 1.0, 1.0, 1.0, 1.0), 6),  # all write nothing: the last has learnt most
+    ],
+)
+def test_the_best_is_a_checkpoint_and_of_equal_ones_the_last(rates, best, corpus, tmp_path, monkeypatch):
+    given = iter([*rates, 2.0])
+    monkeypatch.setattr(CTCTrainer, "summarize", lambda self, sums: {"ctc/loss": 1.0, "wer": next(given)})
+    trainer = make_trainer(corpus, tmp_path, max_steps=6, eval_steps=1, save_steps=2, save_total_limit=None)
+    trainer.train()
+    assert trainer.taken_update == best
+    torch.testing.assert_close(
+        trainer.model.state_dict(), load_file(tmp_path / f"checkpoint-{best}/model.safetensors"), rtol=0, atol=0
+    )
+
+
 def test_absurd_learning_rate_collapses_to_blank_and_is_told(corpus, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ctc_trainer, "PATIENCE", 10)
     trainer = make_trainer(

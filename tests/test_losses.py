@@ -201,6 +201,10 @@ def test_reconstruction_loss_equals_reference(frames, norm):
 def test_data2vec_target_and_loss_equal_reference():
     layers, lengths = [torch.randn(2, 8, 5) * 3 + 1 for _ in range(3)], torch.tensor([8, 5])
     target = top_layers_target(layers, lengths)
+    loud = [layer * 1000 for layer in layers]
+    torch.testing.assert_close(
+        top_layers_target([layer.half() for layer in loud], lengths), target, rtol=1e-2, atol=1e-2
+    )
     for clip, length in enumerate(lengths.tolist()):
         expected = sum(reference.normalize_over_time(layer[clip], length) for layer in layers) / 3
         torch.testing.assert_close(target[clip], expected, rtol=1e-5, atol=1e-5)

@@ -387,6 +387,11 @@ def test_best_checkpoint_by_the_probe_on_two_processes(tmp_path, phones):
         (["--probe_corpus", "PHONES", "--probe_layers", "3"], "probe_layers must be between 0 and 2, found 3"),
         (["--probe_corpus", "PHONES", "--probe_split", "test"], "has no split 'test'"),
         (["--probe_corpus", "PHONES", "--phones_column", "words"], "has no column 'words'"),
+        (["--metric_for_best_model", "probe/abx_error"], "probe/abx_error: the probe measures nothing"),
+        (
+            ["--probe_corpus", "PHONES", "--probe_layers", "0", "1", "--metric_for_best_model", "eval_probe/abx_error"],
+            "metric_for_best_model=probe/abx_error: the probe measures probe/layer0/phone_accuracy, probe/layer0/abx",
+        ),
     ],
 )
 def test_run_refuses_a_probe_that_cannot_be_before_it_reads_the_corpus(options, message, phones, tmp_path, monkeypatch):

@@ -19,22 +19,25 @@ from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
 
 def test_a_run_does_not_go_on_under_other_options(tmp_path):
     def keep(checkpoint, **changes):
-        of_training = {name: changes.pop(name) for name in ("seed", "learning_rate") if name in changes}
-        args = SpeechTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{"seed": 0} | of_training)
+        of_training = {"output_dir": str(tmp_path), "seed": 0}
+        of_training |= {name: changes.pop(name) for name in (*of_training, "learning_rate") if name in changes}
+        args = SpeechTrainingArguments(use_cpu=True, **of_training)
         keep_options(args, checkpoint, PretrainingDataArguments(**changes))
 
     keep(None)
-    keep("checkpoint-1")
+    checkpoint = str(tmp_path / "checkpoint-1")
+    keep(checkpoint)
     with pytest.raises(ValueError, match=r"begun with mask_prob=0.65, now 0.3: give the same"):
-        keep("checkpoint-1", mask_prob=0.3)
+        keep(checkpoint, mask_prob=0.3)
     with pytest.raises(ValueError, match=r"seed=0, now 7"):
-        keep("checkpoint-1", seed=7)
+        keep(checkpoint, seed=7, output_dir=str(tmp_path / "another"))
+    assert not (tmp_path / "another").exists()
     with pytest.raises(ValueError, match=r"learning_rate=0.0005, now 0.1"):
-        keep("checkpoint-1", learning_rate=0.1)
+        keep(checkpoint, learning_rate=0.1)
     options = json.loads((tmp_path / "options.json").read_text())
     del options["learning_rate"]  # of a version that kept less
     (tmp_path / "options.json").write_text(json.dumps(options))
-    keep("checkpoint-1")
+    keep(checkpoint)
     keep(None, mask_prob=0.3)
 
 

@@ -335,3 +335,5 @@ def test_one_view_of_each_clip_is_enough_with_labels_and_refused_without(corpus)
     assert model(**batch).objectives["prototypical"].num_items == 2
     with pytest.raises(ValueError, match=r"num_views=1, but without label_column .* at least k_shot \+ 1 = 3"):
         check_options(PretrainingDataArguments(), model)
+    with pytest.raises(ValueError, match=r"num_views=1 of clips_per_label=2 clips leave no query beside k_shot=2"):
+        check_options(PretrainingDataArguments(label_column="label", clips_per_label=2), model)

@@ -87,6 +87,14 @@ def test_comparing_objectives_refuse_what_they_cannot_do(corpus, tmp_path):
     objectives = {"info_nce": SMALL_OBJECTIVES["info_nce"]}
     with pytest.raises(ValueError, match="torch_compile does not work with info_nce"):
         make_pretraining_trainer(corpus, tmp_path, objectives, torch_compile=True)
+    one_voice, every_voice = (
+        corpus.select(range(12)).add_column("label", voices) for voices in (["a"] * 12, list("abcdefghijkl"))
+    )
+    with pytest.raises(ValueError, match="info_nce compares clips by their labels, and of those of validation 1 has 1"):
+        make_pretraining_trainer(one_voice, tmp_path, objectives)
+    make_pretraining_trainer(every_voice, tmp_path, objectives)
+    with pytest.raises(ValueError, match="of those of validation 0 has 3 clips or more, where two are needed"):
+        make_pretraining_trainer(every_voice, tmp_path, {"prototypical": {"k_shot": 2, "num_views": 1}})
 
 
 def test_without_grad_cache_micro_batches_are_compared_each_for_itself(corpus, tmp_path):

@@ -124,6 +124,11 @@ def corpus_splits(source: str) -> list[str]:
     return _open(source, _Columns()).splits
 
 
+def durations_agree(one: float, other: float) -> bool:
+    """Whether two statements, in seconds, may be of the same audio: one may be rounded, or of another decoder."""
+    return abs(one - other) <= 0.1 + 0.05 * max(one, other)
+
+
 def column_of(rows: Dataset, name: str) -> pyarrow.ChunkedArray:
     """A column of a corpus. (`rows[name]` looks at a corpus that rows were selected from row by row.)"""
     column = rows.data.column(name)
@@ -355,7 +360,7 @@ def _trusted_durations(dataset: Dataset, audio_column: str) -> pyarrow.ChunkedAr
             measured = read_duration(dataset[int(row)][audio_column])
         except AudioError:
             continue
-        if abs(measured - values[row]) > 0.1 + 0.05 * measured:
+        if not durations_agree(values[row], measured):
             logger.warning(
                 "the column duration says %g where a clip is %g s long: durations are read from the audio instead",
                 values[row],

@@ -14,7 +14,7 @@ import soundfile
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .corpora import column_of, load_corpus
+from .corpora import column_of, durations_agree, load_corpus
 from .dataset import SpeechDataset, clip_ids, decoded
 from .folders import SPLIT_OF_NAME, source_name
 
@@ -107,29 +107,31 @@ def recording_key(id: str, seconds: float) -> str:
 
 class KnownRecordings:
     """Recordings by their keys, each known again where it is named from another folder above or below, or moved to the
-    folder of a split.
+    folder of a split, and where one source says its length less exactly.
 
     Args:
         keys: of `recording_key`.
     """
 
     def __init__(self, keys: Iterable[str]):
-        self.parts: dict[str, list[list[str]]] = {}
+        self.parts: dict[str, list[tuple[list[str], float]]] = {}
         for key in keys:
-            folders, name = self._split(key)
-            self.parts.setdefault(name, []).append(folders)
+            folders, name, seconds = self._split(key)
+            self.parts.setdefault(name, []).append((folders, seconds))
 
     def __contains__(self, key: str) -> bool:
-        folders, name = self._split(key)
+        folders, name, seconds = self._split(key)
         return any(
-            all(one == other for one, other in zip(reversed(folders), reversed(known)))
-            for known in self.parts.get(name, [])
+            durations_agree(seconds, length)
+            and all(one == other for one, other in zip(reversed(folders), reversed(known)))
+            for known, length in self.parts.get(name, [])
         )
 
     @staticmethod
-    def _split(key: str) -> tuple[list[str], str]:
-        *folders, name = key.split("/")
-        return [folder for folder in folders if folder.lower() not in SPLIT_OF_NAME], name
+    def _split(key: str) -> tuple[list[str], str, float]:
+        id, _, seconds = key.rpartition(" ")
+        *folders, name = id.split("/")
+        return [folder for folder in folders if folder.lower() not in SPLIT_OF_NAME], name, float(seconds)
 
 
 def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> list[float]:

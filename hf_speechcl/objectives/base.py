@@ -101,11 +101,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def in_float32(function: Callable) -> Callable:
-    """Decorator for losses: floating-point arguments are cast to float32, and autocast is off inside."""
+    """Decorator for losses: floating-point arguments, in lists too, become float32, and autocast is off inside."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         def cast(value):
+            if isinstance(value, list):
+                return [cast(part) for part in value]
             return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]

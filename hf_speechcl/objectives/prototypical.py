@@ -104,6 +104,7 @@ class Prototypical(UtteranceObjective):
             raise ValueError(f"prototypical.n_way must be at least 2, found {n_way}")
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.distance, self.temperature = distance, temperature
+        self.views_per_class = k_shot + 1
 
     def contrast(self, embeddings, labels, keys):
         rows = embeddings.flatten(0, 1)

@@ -208,6 +208,8 @@ class SpeechTrainingArguments(TrainingArguments):
                 f"{' and hub_always_push' if self.hub_always_push else ''}: checkpoints hold pickles and have no card; "
                 "resume from those in output_dir"
             )
+        if self.metric_for_best_model and self.greater_is_better is None:
+            self.greater_is_better = not re.search("(loss|error|wer|cer)$", self.metric_for_best_model)
         super().__post_init__()
 
     def to_dict(self) -> dict:

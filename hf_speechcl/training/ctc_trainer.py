@@ -24,7 +24,6 @@ SAME_SHARE = 0.9  # of all clips with one and the same text, mostly an empty one
 class CTCTrainingArguments(FineTuningArguments):
     output_dir: str = option("runs/ctc", "Folder for checkpoints, the model and its card.")
     metric_for_best_model: str | None = option("wer", "Validation metric that the best checkpoint has the lowest of.")
-    greater_is_better: bool | None = option(False, "Whether the best checkpoint has the highest instead.")
 
 
 class BlankGuard:

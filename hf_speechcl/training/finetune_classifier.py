@@ -75,6 +75,11 @@ class ClassifierTrainingArguments(FineTuningArguments):
     output_dir: str = option("runs/classifier", "Folder for checkpoints, the model and its card.")
     metric_for_best_model: str | None = option("accuracy", "Validation metric that the best checkpoint is chosen by.")
 
+    def __post_init__(self):
+        if self.stop_on_collapse:
+            raise ValueError("stop_on_collapse is not used: no guard watches a classifier")
+        super().__post_init__()
+
 
 class ClassificationTrainer(FineTuningTrainer):
     """Trains a `SpeechCLForSequenceClassification`; its one objective, "classification", counts clips.

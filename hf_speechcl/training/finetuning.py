@@ -117,6 +117,8 @@ class FineTuningArguments(SpeechTrainingArguments):
             raise ValueError(f"layer_decay must be above 0 and at most 1, found {self.layer_decay}")
         if self.freeze_encoder_steps < 0 and self.freeze_encoder_steps != -1:
             raise ValueError(f"freeze_encoder_steps must not be negative but for -1, found {self.freeze_encoder_steps}")
+        if not self.grad_cache:
+            raise ValueError("grad_cache is not used: no clips are compared with each other")
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = self._validates_what_it_saves()
         super().__post_init__()
@@ -273,8 +275,8 @@ class FineTuningTrainer(SpeechTrainer):
                 parameter.grad = None
         return loss
 
-    def train(self, *args, **kwargs):
-        result = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.load_best_model_at_end:
             if self.state.best_model_checkpoint is None:
                 logger.warning("the best checkpoint is gone: the weights are those of the last update")

@@ -41,7 +41,7 @@ from .arguments import (
     read_config,
     set_up_logging,
 )
-from .pretraining_trainer import PretrainingTrainer
+from .pretraining_trainer import PROBE_METRICS, PretrainingTrainer, layer_names
 from .trainer import find_checkpoint, finish_run, keep_options, prepare_to_push
 
 logger = logging.getLogger(__name__)
@@ -131,11 +131,18 @@ def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTrai
         if field == "corruptions" and not keeps_time(probabilities):
             raise ValueError("corruptions must keep every sound in its place, so that targets fit: leave out speed")
     prototypical = model.comparing.get("prototypical")
-    if prototypical and data_args.label_column is None and prototypical.num_views <= prototypical.k_shot:
-        raise ValueError(
-            f"prototypical.num_views={prototypical.num_views}, but without label_column every clip is a class of its "
-            f"own: leave num_views out, or make it at least k_shot + 1 = {prototypical.k_shot + 1}"
-        )
+    if prototypical:
+        views, needed = prototypical.num_views, prototypical.views_per_class
+        if data_args.label_column is None and views < needed:
+            raise ValueError(
+                f"prototypical.num_views={views}, but without label_column every clip is a class of its own: leave "
+                f"num_views out, or make it at least k_shot + 1 = {needed}"
+            )
+        if views * data_args.clips_per_label < needed:
+            raise ValueError(
+                f"prototypical.num_views={views} of clips_per_label={data_args.clips_per_label} clips leave no query "
+                f"beside k_shot={needed - 1} of a label: raise clips_per_label, or leave num_views out"
+            )
     corrupts = data_args.corrupt_input or model.collator_options().get("corrupt_input")
     if data_args.noise_corpus and not corrupts and not model.comparing:
         raise ValueError("noise_corpus is for views and corrupted input: add --corrupt_input, or leave it out")
@@ -170,7 +177,10 @@ def build_collator(
         hop_length=config.hop_length,
         **options,
     )
-    noise = SpeechDataset(load_corpus(data_args.noise_corpus), train.sampling_rate) if data_args.noise_corpus else None
+    noise = None
+    if data_args.noise_corpus:
+        recordings = load_corpus(data_args.noise_corpus)
+        noise = SpeechDataset(recordings, train.sampling_rate, max_seconds=data_args.max_seconds)
     if collator.num_views:
         collator.view_augmentation = build_augmentation("view_augmentations", data_args, train, noise)
     if collator.corrupt_input:
@@ -236,6 +246,17 @@ def load_probe(
     ), features
 
 
+def check_best_metric(metric: str | None, probe: tuple[PhoneProbe, HiddenStates] | None) -> None:
+    """Refuse to choose the best checkpoint by what the probe does not measure."""
+    names = layer_names(probe[1].layers) if probe else []
+    measured = [f"probe/{name}{key}" for name in names for key in PROBE_METRICS]
+    wanted = (metric or "").removeprefix("eval_")
+    if wanted.startswith("probe/") and wanted not in measured:
+        raise ValueError(
+            f"metric_for_best_model={wanted}: the probe measures {', '.join(measured) or 'nothing'}"
+        )
+
+
 def build_trainer(
     model_args: PretrainingModelArguments,
     data_args: PretrainingDataArguments,
@@ -254,6 +275,7 @@ def build_trainer(
     probe_args = probe_args or ProbeArguments()
     with args.main_process_first(desc="loading the corpus of the probe"):
         probe = load_probe(probe_args, data_args.audio_column, model)
+    check_best_metric(args.metric_for_best_model, probe)
     prepare_to_push(args)
     keep_options(args, checkpoint, model_args, data_args, *([probe_args] if probe else []))
 

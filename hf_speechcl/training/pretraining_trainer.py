@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
@@ -19,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_CLIPS = 128  # compared with each other in validation
 PROBE_METRICS = ("phone_accuracy", "abx_error")
+
+
+def layer_names(layers: list[int]) -> list[str]:
+    """What each layer that the probe measures is called in front of its metrics."""
+    return [f"layer{layer}/" if len(layers) > 1 else "" for layer in layers]
 
 
 class RandomState:
@@ -104,6 +110,8 @@ class PretrainingTrainer(SpeechTrainer):
                 f"{', '.join(self.model.comparing)} compare clips, and validation has one clip only: raise "
                 "validation_fraction, or give a source with a validation split"
             )
+        if self.eval_dataset.has_labels:
+            self._check_validation_labels()
         self.max_clips_per_batch, self.clips_per_label = max_clips_per_batch, clips_per_label
         self.view_seconds = view_seconds
         self.guard = CollapseGuard(self.model, self.args.learning_rate, self.args.stop_on_collapse)
@@ -116,6 +124,23 @@ class PretrainingTrainer(SpeechTrainer):
         self.probe = probe
         if probe is not None:
             self.add_callback(LogMelProbe(self))
+
+    def _check_validation_labels(self) -> None:
+        """Refuse validation clips that there is nothing to compare by.
+
+        Raises:
+            ValueError: fewer than two labels have as many views as an objective needs of each.
+        """
+        _, counts = np.unique(self.eval_dataset.labels, return_counts=True)
+        for name, objective in self.model.comparing.items():
+            found = int((counts * objective.num_views >= objective.views_per_class).sum())
+            if found < 2:
+                clips = -(-objective.views_per_class // objective.num_views)
+                raise ValueError(
+                    f"{name} compares clips by their labels, and of those of validation {found} has {clips} clips or "
+                    "more, where two are needed: name other clips by validation_split, or a split that is not there to "
+                    "hold out training clips, and raise validation_fraction"
+                )
 
     def batch_sampler(self, dataset, shuffle, **options):
         if shuffle and dataset.has_labels and self.model.comparing:
@@ -239,9 +264,7 @@ class PretrainingTrainer(SpeechTrainer):
         scalars |= self.guard.judge(scalars, self.state.global_step)
         if self.probe is None:
             return scalars
-        features = self.probe[1]
-        names = [f"layer{layer}/" if len(features.layers) > 1 else "" for layer in features.layers]
-        return scalars | self.measure_probe("probe", names, features)
+        return scalars | self.measure_probe("probe", layer_names(self.probe[1].layers), self.probe[1])
 
     def measure_probe(self, prefix: str, names: list[str], features: Features) -> dict[str, float]:
         """Phone accuracy and ABX error of each kind of frames, by its name, found by the first process for all."""

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..cards import CURVES, plot_curves
 from ..data.batching import DurationBatchSampler
@@ -27,10 +27,12 @@ from ..objectives import ObjectiveOutput
 logger = logging.getLogger(__name__)
 
 
+OPTIONS = "options.json"
+
 # Training arguments that a run is not gone on with under other values: what differs would be passed over in silence.
 KEPT = (
     *("seed", "data_seed", "gradient_accumulation_steps", "grad_cache", "learning_rate", "head_learning_rate"),
-    *("layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "world_size"),
 )
 
 
@@ -112,6 +114,7 @@ class SpeechTrainer(Trainer):
                 dataset.keep_decoded(self.args.decoded_gb * 1e9)
         self.train_sums = Sums()
         self.is_validating = False
+        self.is_resumed = False
         self.makes_ahead = self.args.device.type != "cpu"  # where the model runs on the same cores, nothing is won
         self.batches_of: tuple[Iterator | None, Iterator | None] = (None, None)
 
@@ -150,6 +153,10 @@ class SpeechTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor if workers > 0 else None,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self.is_resumed = bool(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset, self.data_collator, shuffle=True)
@@ -265,6 +272,15 @@ class SpeechTrainer(Trainer):
         weights = self.objective_weights()
         metrics = {"loss": sum(weight * scalars.get(f"{name}/loss", math.nan) for name, weight in weights.items())}
         return {f"{prefix}_{name}": value for name, value in (metrics | scalars).items()}
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Whether this update is the best: only one with a checkpoint can be, and of equal ones the last is."""
+        name = self.args.metric_for_best_model
+        if name is None or not (self.control.should_save or self.args.save_strategy == SaveStrategy.BEST):
+            return False
+        if metrics.get(f"eval_{name.removeprefix('eval_')}") == self.state.best_metric:
+            self.state.best_metric = None  # better than none
+        return super()._determine_best_metric(metrics, trial)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -396,7 +412,8 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     Of absolute paths the file keeps the last part and a hash.
 
     Args:
-        args: training arguments, of which the seeds, the accumulation and what a checkpoint's optimizer holds count.
+        args: training arguments, of which the seeds, the accumulation, the number of processes and what a checkpoint's
+            optimizer holds count.
         checkpoint: what the run goes on from, None for a new run.
         options: dataclasses of which every field counts.
 
@@ -406,9 +423,9 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     current = {name: value for group in options for name, value in vars(group).items()}
     current |= {name: getattr(args, name) for name in KEPT if hasattr(args, name)}
     current = {name: without_folders(value) for name, value in current.items()}
-    file = Path(args.output_dir) / "options.json"
-    if checkpoint is not None and file.is_file():
-        begun = json.loads(file.read_text(encoding="utf-8"))
+    file = Path(args.output_dir) / OPTIONS
+    if checkpoint is not None and (earlier := Path(checkpoint).parent / OPTIONS).is_file():
+        begun = json.loads(earlier.read_text(encoding="utf-8"))
         changed = [
             f"{name}={begun[name]!r}, now {value!r}"
             for name, value in current.items()
@@ -416,11 +433,13 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
         ]
         if changed:
             raise ValueError(
-                f"{args.output_dir} was begun with {'; '.join(changed)}: give the same options to go on with it"
+                f"{earlier.parent} was begun with {'; '.join(changed)}: give the same options to go on with it"
             )
     if args.process_index == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(current, indent=1), encoding="utf-8")
+        begun = file.with_suffix(".begun")  # other processes may be reading what is there
+        begun.write_text(json.dumps(current, indent=1), encoding="utf-8")
+        begun.replace(file)
 
 
 def _is_complete(checkpoint: Path) -> bool:
