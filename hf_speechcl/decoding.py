@@ -287,23 +287,27 @@ class BeamDecoder:
                 states += [(token, begin, end) for token in self.spelling.get(text[begin:end], ())]
         # state -> those before it: itself; a blank before a token; the token or a blank of the same place; a token
         # right after another one.
-        before = [
-            [
-                other
-                for other, (previous, _, reached) in enumerate(states)
-                if other == state
-                or (reached == begin and previous is not None and (token is None or previous != token))
-                or (reached == begin and previous is None and token is not None)
-            ]
-            for state, (token, begin, _) in enumerate(states)
-        ]
+        reaching: dict[int, list[int]] = {}
+        for state, (_, _, end) in enumerate(states):
+            reaching.setdefault(end, []).append(state)
+        lists = []
+        for state, (token, begin, _) in enumerate(states):
+            options = {state}
+            for other in reaching.get(begin, ()):
+                previous = states[other][0]
+                if (previous != token) if previous is not None else (token is not None):
+                    options.add(other)
+            lists.append(sorted(options))
+        most = max(map(len, lists))
+        before = np.array([options + [options[-1]] * (most - len(options)) for options in lists])  # (S, most)
         emission = np.stack([blank if token is None else log_probs[:, token] for token, _, _ in states], axis=1)
         emission[:, [0, len(text)]] = between[:, None]
         emission = np.maximum(emission, MIN_LOG_PROB)
         score = np.where([begin in begins for _, begin, _ in states], emission[0], -np.inf)
         pointers = []
+        every = np.arange(len(states))
         for frame in emission[1:]:
-            pointers.append([max(options, key=score.__getitem__) for options in before])
+            pointers.append(before[every, score[before].argmax(1)])
             score = score[pointers[-1]] + frame
         ends = [state for state, (_, _, end) in enumerate(states) if end == len(text)]
         path = [max(ends, key=score.__getitem__)]

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 STARTER = Path(__file__).with_name("starter")  # the encoder that comes with the package
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE = ("configuration_speechcl.py", "modeling_speechcl.py")
+RESULTS = "results.json"  # of the validation after training
 # All that goes to the Hub. Pickles, optimizer states, options and reports that name clips do not.
 PUBLISHED = (
     WEIGHTS,
@@ -50,7 +51,7 @@ PUBLISHED = (
     "vocab.json",
     "prototypes.safetensors",
     "classes.json",
-    "results.json",
+    RESULTS,
     CURVES,
     CARD,
 )
@@ -115,6 +116,14 @@ def find_model(name: str | Path) -> str:
         ) from error
 
 
+def _holds_transcripts(file: Path) -> bool:
+    """Whether results are those that scripts/evaluate.py wrote, with the ids and texts of clips."""
+    if "transcripts" not in json.loads(file.read_text(encoding="utf-8")):
+        return False
+    logger.warning("%s names clips and their texts: it is not published", file.name)
+    return True
+
+
 def published_files(folder: str | Path) -> list[Path]:
     """The files of a model folder that go to the Hub.
 
@@ -126,6 +135,7 @@ def published_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     found = sorted(path for path in folder.glob("*") if path.is_file())
     files = [path for path in found if any(fnmatchcase(path.name, pattern) for pattern in PUBLISHED)]
+    files = [path for path in files if path.name != RESULTS or not _holds_transcripts(path)]
     names = {path.name for path in files}
     if not names & {WEIGHTS, WEIGHTS_INDEX}:
         others = ", ".join(path.name for path in found[:8]) or ("no files" if folder.is_dir() else "no folder")

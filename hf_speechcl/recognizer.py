@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .command_line import option
-from .data.audio import stream_audio
+from .data.audio import AudioError, stream_audio
 from .decoding import DecodingArguments, Transcript, build_decoder, join_transcripts
 from .hub import find_model
 from .int8 import quantize_linear
@@ -239,11 +239,16 @@ class SpeechRecognizer:
         Args:
             audio, recording: as for `transcribe_recording`. Times are those of the recording.
             progress: is told the seconds done and those there are.
+
+        Raises:
+            AudioError: it cannot be read or holds nothing.
         """
         recording = recording or RecordingArguments()
         audio = audio if isinstance(audio, dict) else {"bytes": None, "path": str(audio)}
         length, stride = self.chunk(recording.chunk_seconds)
         levels, num_samples = measure_levels(stream_audio(audio, self.sampling_rate), self.sampling_rate)
+        if num_samples == 0:
+            raise AudioError("it holds no samples")
         utterances = find_utterances(
             levels,
             num_samples,

@@ -25,12 +25,21 @@ def normalize_text(text: str, method: str = "basic") -> str:
     Source: whisper_english is of Radford et al. 2022, arXiv 2212.04356, appendix C.
     """
     if method == "basic":
-        text = remove_punctuation(unicodedata.normalize("NFKC", text).lower())
+        text = remove_punctuation(compatible(text).lower())
     elif method == "whisper_english":
         text = _whisper_english()(text)
     elif method != "none":
         raise ValueError(f"unknown text normalisation {method!r}: expected {', '.join(NORMALIZATIONS)}")
     return " ".join(text.split())
+
+
+def compatible(text: str) -> str:
+    """Unicode NFKC, but for accents that stand alone: an acute one is meant as an apostrophe, the others become spaces
+    rather than marks on them."""
+    text = text.replace("´", "'")
+    forms = {char: unicodedata.normalize("NFKC", char) for char in set(text)}
+    alone = {char for char, form in forms.items() if form[0] == " " and len(form) > 1}
+    return unicodedata.normalize("NFKC", "".join(" " if char in alone else char for char in text))
 
 
 def remove_punctuation(text: str) -> str:

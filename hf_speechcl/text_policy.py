@@ -8,7 +8,7 @@ from decimal import Decimal
 from functools import cache
 from pathlib import Path
 
-from .text import remove_punctuation
+from .text import compatible, remove_punctuation
 
 CHOICES = {
     "casing": ("lower", "upper", "keep"),
@@ -18,7 +18,7 @@ CHOICES = {
 RULES = ("white space", "unicode", "digits", "casing", "punctuation")
 MAX_EXAMPLES = 5
 # Languages that write a decimal point and commas between thousands; the others do the reverse.
-DECIMAL_POINT = ("en", "he", "hi", "ja", "ko", "th", "zh")
+DECIMAL_POINT = ("am", "bn", "cy", "en", "es_GT", "es_NI", "he", "hi", "ja", "kn", "ko", "te", "th", "zh")
 
 
 def spell_numbers(text: str, language: str = "en") -> str:
@@ -46,7 +46,7 @@ def spell_numbers(text: str, language: str = "en") -> str:
             if len(whole) > 1 and int(whole[0]) == 0:
                 words = " ".join(say(int(digit)) for digit in whole + (fraction or ""))
             elif fraction is not None:
-                words = say(Decimal(f"{whole}.{fraction}"))
+                words = _say_decimal(say, whole, fraction)
             else:
                 words = say(int(whole), to="ordinal" if match.groupdict().get("ordinal") else "cardinal")
         except Exception:  # what num2words raises where a language has no words for a number differs
@@ -55,6 +55,16 @@ def spell_numbers(text: str, language: str = "en") -> str:
         return " " * before.isalnum() + words + " " * after.isalnum()
 
     return re.sub(number, in_words, text)
+
+
+def _say_decimal(say, whole: str, fraction: str) -> str:
+    """num2words leaves out zeros at the end, and the point before nothing else; they are added where digits after the
+    point are read one by one."""
+    said, one = fraction.rstrip("0"), f" {say(1)}"
+    if not say(Decimal("2.1")).endswith(one):
+        return say(Decimal(f"{whole}.{fraction}"))
+    words = say(Decimal(f"{whole}.{said}")) if said else say(Decimal(f"{whole}.1")).removesuffix(one)
+    return " ".join([words, *[say(0)] * (len(fraction) - len(said))])
 
 
 @cache
@@ -85,7 +95,8 @@ class TextPolicy:
         casing: lower, upper or keep.
         punctuation: "remove" keeps letters, marks, digits and apostrophes within words, after Unicode NFKC; "keep"
             keeps everything.
-        digits: keep; words (see `spell_numbers`); or leave_out, the whole text if it has digits.
+        digits: keep; words (see `spell_numbers`), a text with ½ or ² is left out; or leave_out, the whole text if it
+            has digits.
         language: of the words for numbers.
 
     Raises:
@@ -115,7 +126,7 @@ class TextPolicy:
 
         then("white space", " ".join(text.split()))
         if self.punctuation == "remove":
-            then("unicode", unicodedata.normalize("NFKC", text))
+            then("unicode", compatible(text))
         if self.digits == "words":
             then("digits", spell_numbers(text, self.language))
         if self.casing != "keep":
@@ -128,8 +139,9 @@ class TextPolicy:
         return self.steps(text)[-1][1]
 
     def leaves_out(self, text: str) -> bool:
-        """Whether a text is not to be trained on, for its digits."""
-        return self.digits == "leave_out" and any(unicodedata.category(char)[0] == "N" for char in text)
+        """Whether a text is not to be trained on, for its digits: any, or fractions and powers, which have no words."""
+        kinds = {"leave_out": "N", "words": "No"}.get(self.digits)
+        return kinds is not None and any(unicodedata.category(char).startswith(kinds) for char in text)
 
     def __str__(self) -> str:
         digits = f"words ({self.language})" if self.digits == "words" else self.digits

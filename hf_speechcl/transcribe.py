@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .command_line import option, parse_arguments
 from .data.audio import AudioError
-from .data.folders import AUDIO_SUFFIXES
+from .data.folders import AUDIO_SUFFIXES, is_unicode, warn_of_unread
 from .decoding import DecodingArguments, Transcript, Word, join_transcripts
 from .recognizer import ComputingArguments, SpeechRecognizer
 from .recordings import RecordingArguments
@@ -99,6 +99,10 @@ def main(argv: list[str] | None = None) -> None:
     stems = Counter(Path(name).with_suffix("") for name in recordings)
     num_bad = 0
     for name, file in recordings.items():
+        if not is_unicode(str(file)):
+            logger.error("skipped %s: its name is not UTF-8, rename it", ascii(name))
+            num_bad += 1
+            continue
         try:
             utterances = _transcribe(recognizer, name, file, recording)
         except AudioError as error:
@@ -130,7 +134,9 @@ def find_recordings(files: list[str]) -> dict[str, Path]:
     recordings: dict[str, Path] = {}
     for given in map(Path, files):
         if given.is_dir():
-            found = sorted(file for file in given.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+            files_below = sorted(given.rglob("*"))
+            found = [file for file in files_below if file.suffix.lower() in AUDIO_SUFFIXES]
+            warn_of_unread(given, Counter(file.suffix.lower() for file in files_below))
             if not found:
                 raise FileNotFoundError(f"no audio files in {given}; expected {' '.join(sorted(AUDIO_SUFFIXES))}")
             names = [file.relative_to(given).as_posix() for file in found]

@@ -11,7 +11,8 @@ if [ "$1" = lowest ]; then
   constraints="$venv/constraints.txt"
   grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+' "$root/pyproject.toml" | grep -v setuptools | tr -d '"' | sed 's/>=/==/' | sort -u > "$constraints"
 fi
-installed="$venv/installed-$(cat "$constraints" "$root/pyproject.toml" | sha256sum | cut -c1-16)"
+# The path counts too: the environment of a copied folder would run the code of the original.
+installed="$venv/installed-$(cat "$constraints" "$root/pyproject.toml" <(echo "$root") | sha256sum | cut -c1-16)"
 
 if [ ! -f "$installed" ]; then
   echo "Setting up $venv (once; one to five minutes) ..."

@@ -33,6 +33,7 @@ def frames(samples: int) -> int:
         ("co\u00adoperate", "cooperate"),
         ("ភាសា\u200bខ្មែរ", "ភាសា ខ្មែរ"),
         ("G\u0303'a", "g\u0303'a"),
+        ("geht´s ¨", "geht's"),
     ],
 )
 def test_basic_normalization(text, expected):
@@ -120,6 +121,8 @@ def test_clips_with_digits_may_be_left_out():
     policy = TextPolicy(digits="leave_out")
     assert [policy.leaves_out(text) for text in ("press 4", "press four", "½ way", "٣")] == [True, False, True, True]
     assert not TextPolicy().leaves_out("press 4")
+    spelled = TextPolicy(digits="words")
+    assert [spelled.leaves_out(text) for text in ("press 4", "1½ hours", "5² metres")] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,9 @@ def test_clips_with_digits_may_be_left_out():
     [
         ("en", "1,200 of 12", "one thousand, two hundred of twelve"),
         ("en", "the 3rd, 3.5 at 007", "the third, three point five at zero zero seven"),
+        ("en", "1.50, 2.0", "one point five zero, two point zero"),
+        ("ru", "5,0", "пять целых ноль десятых"),
+        ("es_GT", "1,200.5", "mil doscientos punto cinco"),
         ("en", "x2y 1,2", "x two y one,two"),
         ("en", "4TH of", "fourth of"),
         ("am", "1999", " ".join(spell_numbers(digit, "am") for digit in "1999")),  # num2words fails

@@ -186,6 +186,25 @@ def test_absolute_paths_into_the_folder_are_files_of_it(tmp_path, clips):
     assert corpus_splits(str(folder)) == ["test", "train"]
 
 
+def test_metadata_may_write_names_in_another_form(tmp_path, clips, caplog):
+    (tmp_path / "clips").mkdir()
+    soundfile.write(tmp_path / "clips" / "cle\u0301.wav", clips[0], 16000)  # as macOS writes it
+    text = "a" * 200_000
+    rows = ["file_name,text", "clips\\cl\u00e9.wav,first", f"clips/cl\u00e9.wav,{text}"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
+    assert load_corpus(str(tmp_path), require_text=True)["text"] == [text]
+    assert "name files again, 1 times: what is said last holds" in caplog.text
+
+
+def test_audio_that_is_not_read_is_named(audio_folder, tmp_path, caplog):
+    for name in ("a.m4a", "b.M4A", "notes.txt"):
+        (audio_folder / name).write_bytes(b"x")
+    (audio_folder / "linked").symlink_to(tmp_path)
+    assert len(load_corpus(str(audio_folder))) == 4
+    assert f"skipped 2 × .m4a of {audio_folder.name}: convert them" in caplog.text
+    assert "skipped linked: links to folders are not followed" in caplog.text
+
+
 def test_a_name_that_is_not_utf8_is_skipped_and_logged(audio_folder, caplog):
     os.rename(audio_folder / "clip3.wav", os.fsencode(audio_folder) + b"/caf\xe9.wav")
     assert len(load_corpus(str(audio_folder), require_text=False)) == 3
@@ -212,6 +231,27 @@ def test_parquet_folder_with_splits_and_other_column_names(tmp_path, clips):
     assert corpus["duration"][1] == pytest.approx(len(clips[1]) / 16000)
     single = load_corpus(str(tmp_path / "test-00000-of-00001.parquet"), "test", audio_column="speech")
     assert single["id"] == ["test0.wav"]
+
+
+def test_shards_of_a_parquet_folder_may_have_unlike_columns(tmp_path, clips):
+    audio = [[{"bytes": wav_bytes(clip), "path": f"{name}.wav"}] for clip, name in zip(clips, "abcd")]
+    shards = [
+        {"audio": pyarrow.array(audio[0])[:0], "text": pyarrow.array([], pyarrow.string())},
+        {"audio": audio[1], "text": ["b"], "take": [1]},
+        {"audio": audio[2], "text": ["c"], "speaker": ["ann"], "take": ["second"], "duration": [len(clips[2]) / 16000]},
+        {"audio": audio[3], "text": ["d"]},
+    ]
+    for number, shard in enumerate(shards):
+        pyarrow.parquet.write_table(pyarrow.table(shard), tmp_path / f"train-{number}.parquet")
+    corpus = load_corpus(str(tmp_path), keep_columns=["speaker"])
+    assert (corpus["text"][:], corpus["speaker"][:]) == (["b", "c", "d"], [None, "ann", None])
+    assert corpus["duration"][:] == pytest.approx([len(clip) / 16000 for clip in clips[1:4]])
+    with pytest.raises(ValueError, match=r"train-1.parquet has no column 'speaker'; it has audio, text, take"):
+        load_corpus(str(tmp_path), label_column="speaker")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "train-0.parquet").rename(tmp_path / "empty/train.parquet")
+    with pytest.raises(ValueError, match="empty: train.parquet has no rows"):
+        load_corpus(str(tmp_path / "empty"))
 
 
 def test_durations_in_another_unit_are_measured_instead(tmp_path, clips, caplog):
@@ -268,6 +308,9 @@ def test_bad_files_are_named_and_left_out(audio_folder, clips, caplog):
     for kind in ("empty", "text", "header_only"):
         assert f"skipped {kind}.wav: {BAD_BYTES[kind][1]}" in caplog.text
     assert "skipped 3 of 7 files" in caplog.text
+    skipped = []
+    load_corpus([str(audio_folder), "demo"], skipped=skipped)
+    assert sorted(skipped) == ["empty.wav", "header_only.wav", "text.wav"]
 
 
 def test_a_file_that_metadata_names_but_is_missing_is_left_out(audio_folder, caplog):

@@ -286,7 +286,7 @@ def test_script_scores_a_model_of_another_kind_by_slices_and_its_report_is_safe(
 ):
     soundfile.write(labelled_folder / "silent.wav", np.zeros(16000), 16000)
     with (labelled_folder / "metadata.csv").open("a") as stream:
-        stream.write("\nsilent.wav,nothing,ann")
+        stream.write("\nsilent.wav,nothing,ann\nmissing.wav,nothing,ann")
     output, report = tmp_path / "out" / "test.json", tmp_path / "out" / "test.html"
     run(model_folder, labelled_folder, "--text_normalization", "none", "--output_file", output, "--report_file", report)
     results = json.loads(output.read_text())
@@ -295,7 +295,7 @@ def test_script_scores_a_model_of_another_kind_by_slices_and_its_report_is_safe(
         "wer_low", "wer_high", "dtype", "cer", "cer_low", "cer_high", "real_time_factor", "comparison",
     }  # fmt: skip
     assert (results["model"], results["corpus"], results["clips"]) == ("random", ["audio"], 4)
-    assert results["clips_skipped"] == ["silent.wav"]
+    assert results["clips_skipped"] == ["missing.wav", "silent.wav"]
     assert list(results["slices"]) == ["speaker", "duration", "signal-to-noise ratio"]
     for entries in results["slices"].values():
         assert sum(entry["clips"] for entry in entries) == 4
@@ -305,6 +305,8 @@ def test_script_scores_a_model_of_another_kind_by_slices_and_its_report_is_safe(
     printed = capsys.readouterr().out
     assert re.search(r"WER \d+\.\d% +\(95% interval", printed)
     assert "normalisation none; decoding greedy" in printed
+    assert "2 clips cannot be decoded" in printed
+    assert "intervals of fewer than 5 clips are much too narrow" in printed
     page = report.read_text()
     assert page.count("<section") == page.count("data:audio/ogg;base64,") == 4
     parsed = PageParser()

@@ -215,7 +215,8 @@ def test_script_scores_a_folder_with_labels_in_its_metadata(tmp_path):
         for number in range(7):
             soundfile.write(folder / f"{label}{number}.wav", tone(pitch, number, 0.4 if number == 6 else 0.6), 16000)
             lines.append(f"{label}{number}.wav,{label},room{number % 2}")
-    (folder / "metadata.csv").write_text("\n".join(lines))
+    soundfile.write(folder / "unlabelled.wav", tone(440, 0, 0.6), 16000)
+    (folder / "metadata.csv").write_text("\n".join([*lines, "unlabelled.wav,,room0"]))
     pretraining_model("prototypical").save_pretrained(tmp_path / "model")
     result = run_script(
         "benchmarks/few_shot.py", "--models", tmp_path / "model", "--corpus", folder, "--splits", "train",

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -221,7 +222,15 @@ def test_publishing_again_sends_only_what_changed_and_clears_what_is_gone(hub, t
     assert not [path for method, path in hub.requests if method == "PUT"]
     expected = {file.name for file in published_files(folder)} | {".gitattributes", "extra.txt"}
     assert files_of("tester/again") == expected
+    assert "results.json" in expected
     assert not expected & {"optimizer.pt", "vocab.json", "options.json", "checkpoint-3/model.safetensors"}
+
+
+def test_results_that_name_clips_are_not_published(trained, tmp_path, caplog):
+    folder = shutil.copytree(trained / "ctc", tmp_path / "model")
+    (folder / "results.json").write_text('{"wer": 0.5, "transcripts": [{"id": "mine.wav", "reference": "words"}]}')
+    assert "results.json" not in {file.name for file in published_files(folder)}
+    assert "results.json names clips and their texts" in caplog.text
 
 
 def test_weights_in_shards_go_whole_or_not_at_all(hub, config, tmp_path):

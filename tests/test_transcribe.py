@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -262,10 +263,16 @@ def test_transcribe_names_bad_files_goes_on_and_says_so(
 ):
     (audio_folder / "sub").mkdir()
     (audio_folder / "sub" / "bad.wav").write_bytes((audio_folder / "clip0.wav").read_bytes()[:3000])
+    os.link(audio_folder / "clip0.wav", os.fsencode(audio_folder) + b"/caf\xe9.wav")
+    soundfile.write(audio_folder / "nothing.wav", [], RATE)
+    (audio_folder / "call.m4a").write_bytes(b"x")
     options = ["--device", "cpu", "--pause_seconds", "0"]
-    with pytest.raises(SystemExit, match="1 of 5 files could not be transcribed"):
+    with pytest.raises(SystemExit, match="3 of 7 files could not be transcribed"):
         main([str(model_folder), str(audio_folder), *options, "--format", "srt", "--output_dir", str(tmp_path / "out")])
     assert "skipped sub/bad.wav: truncated" in caplog.text
+    assert r"skipped 'caf\udce9.wav': its name is not UTF-8" in caplog.text
+    assert "skipped nothing.wav: it holds no samples" in caplog.text
+    assert "skipped 1 × .m4a of audio: convert them" in caplog.text
     written = sorted(file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*.srt"))
     assert written == [f"clip{number}.srt" for number in range(4)]
     assert re.match(r"1\n00:00:0\d,\d{3} --> 00:00:0\d,\d{3}\n\w", (tmp_path / "out" / "clip1.srt").read_text())

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import datasets
@@ -35,6 +36,7 @@ def load_corpus(
     label_column: str | None = None,
     keep_columns: Sequence[str] = (),
     list_columns: Mapping[str, pyarrow.DataType] | None = None,
+    skipped: list[str] | None = None,
 ) -> Dataset:
     """Load one or several sources as rows `{"id", "audio": {"bytes", "path"}, "text", "duration"}`.
 
@@ -56,6 +58,7 @@ def load_corpus(
             one.
         list_columns: columns that hold a list for every clip, with the type of its elements, which come as such lists;
             of parquet files and Hub data sets only.
+        skipped: where to add the ids of clips that are left out as they cannot be read.
 
     Returns:
         `datasets.Dataset` with the columns id (all different), audio, text (None where there is none), duration
@@ -68,7 +71,7 @@ def load_corpus(
     """
     columns = _Columns(audio_column, text_column, require_text, label_column, tuple(keep_columns), list_columns or {})
     sources = [sources] if isinstance(sources, str) else list(sources)
-    return _join([_load(_open(source, columns), split, columns) for source in sources], split, sources)
+    return _join([_load(_open(source, columns), split, columns) for source in sources], split, sources, skipped)
 
 
 def load_train_and_validation(
@@ -122,11 +125,6 @@ def load_train_and_validation(
 def corpus_splits(source: str) -> list[str]:
     """Names of the splits that a source has."""
     return _open(source, _Columns()).splits
-
-
-def durations_agree(one: float, other: float) -> bool:
-    """Whether two statements, in seconds, may be of the same audio: one may be rounded, or of another decoder."""
-    return abs(one - other) <= 0.1 + 0.05 * max(one, other)
 
 
 def column_of(rows: Dataset, name: str) -> pyarrow.ChunkedArray:
@@ -202,7 +200,9 @@ def _open(name: str, columns: _Columns) -> _Source:
 def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
     """Rows of a split of a source, with null for the duration of clips that cannot be used."""
     if source.files is None:
-        rows = _standard_columns(_load_named(source.name, split), source.name, columns)
+        loaded = _load_named(source.name, split)
+        _check_columns(loaded.column_names, source.name, columns)
+        rows = _standard_columns(loaded, source.name, columns)
         files, clips = _files_in_cache(rows, split), np.array([len(rows)])
     elif split not in source.splits:
         raise ValueError(_no_split(source.name, split, source.splits))
@@ -219,8 +219,7 @@ def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
             rows = _audio_rows(files, texts)
         else:
             paths = [str(files.folder / name) for name in files.names.to_pylist()]
-            parts = load_dataset("parquet", data_files=[*map(glob.escape, paths)], split="train")
-            rows = _standard_columns(parts, source.name, columns)
+            rows = _parquet_rows(paths, source.name, columns)
             clips = np.array([pyarrow.parquet.read_metadata(path).num_rows for path in paths])
     rows = _with_unique_ids(rows)
     if "duration" not in rows.column_names:
@@ -231,15 +230,64 @@ def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
     return rows
 
 
-def _join(parts: list[Dataset], split: str, sources: list[str]) -> Dataset:
-    """One corpus of several; clips that cannot be used are left out."""
+def _join(parts: list[Dataset], split: str, sources: list[str], skipped: list[str] | None = None) -> Dataset:
+    """One corpus of several; clips that cannot be used are left out, and their ids added to `skipped`."""
     corpus = _with_unique_ids(concatenate_datasets(parts))
-    usable = np.flatnonzero(column_of(corpus, "duration").is_valid())
+    is_usable = column_of(corpus, "duration").is_valid()
+    usable = np.flatnonzero(is_usable)
+    if skipped is not None:
+        skipped += column_of(corpus, "id").filter(compute.invert(is_usable)).to_pylist()
     if len(usable) == 0:
         raise FileNotFoundError(
             f"no usable audio in split {split!r} of {', '.join(sources)}: see the skipped files above"
         )
     return corpus if len(usable) == len(corpus) else corpus.select(usable)
+
+
+def _parquet_rows(paths: list[str], name: str, columns: _Columns) -> Dataset:
+    """Rows of parquet files, of which some may have columns that others lack; of no column that is not asked for.
+
+    Raises:
+        ValueError: there are no rows, or a file lacks a column that is needed.
+    """
+    wanted = {columns.audio_column, "id", "duration", *columns.texts.values(), *columns.list_columns}
+    schemas = {path: pyarrow.parquet.read_schema(path) for path in paths}
+    filled = [path for path in paths if pyarrow.parquet.read_metadata(path).num_rows]
+    if not filled:
+        raise ValueError(f"{name}: {', '.join(Path(path).name for path in paths[:3])} has no rows")
+    shared = set.intersection(*(set(schemas[path].names) for path in filled))
+    wanted -= {"duration"} - shared  # or read from the audio
+    parts = []
+    for kept, group in groupby(filled, lambda path: [kind for kind in schemas[path] if kind.name in wanted]):
+        group = list(group)
+        shown = name if len(group) == len(filled) else f"{name}, {Path(group[0]).name}"
+        _check_columns(schemas[group[0]].names, shown, columns)
+        rows = load_dataset(
+            "parquet",
+            data_files=[*map(glob.escape, group)],
+            split="train",
+            columns=[kind.name for kind in kept],
+        )
+        parts.append(_standard_columns(rows, shown, columns))
+    if any("duration" not in part.column_names for part in parts):
+        parts = [part.remove_columns([*{"duration"} & set(part.column_names)]) for part in parts]
+    return concatenate_datasets(parts)
+
+
+def _check_columns(names: list[str], source: str, columns: _Columns) -> None:
+    """Refuse a source that lacks a column."""
+    found = ", ".join(names)
+    if columns.audio_column not in names:
+        raise ValueError(f"{source} has no column {columns.audio_column!r}; it has {found}: set audio_column")
+    for option in ("text_column", "label_column"):
+        column = getattr(columns, option)
+        if column in columns.required and column not in names:
+            raise ValueError(f"{source} has no column {column!r}; it has {found}: set {option}")
+    if missing := [column for column in columns.list_columns if column not in names]:
+        raise ValueError(
+            f"{source} has no column {' and '.join(map(repr, missing))}; it has {found}: expected "
+            f"{_describe_lists(columns)}"
+        )
 
 
 def _audio_rows(files: Files, texts: dict[str, pyarrow.Array]) -> Dataset:
@@ -282,18 +330,7 @@ def _files_in_cache(rows: Dataset, split: str) -> Files:
 
 def _standard_columns(dataset: Dataset, name: str, columns: _Columns) -> Dataset:
     """The columns id, audio, the texts asked for, and duration if there is one; audio is not decoded."""
-    audio_column, found = columns.audio_column, ", ".join(dataset.column_names)
-    if audio_column not in dataset.column_names:
-        raise ValueError(f"{name} has no column {audio_column!r}; it has {found}: set audio_column")
-    for option in ("text_column", "label_column"):
-        column = getattr(columns, option)
-        if column in columns.required and column not in dataset.column_names:
-            raise ValueError(f"{name} has no column {column!r}; it has {found}: set {option}")
-    if missing := [column for column in columns.list_columns if column not in dataset.column_names]:
-        raise ValueError(
-            f"{name} has no column {' and '.join(map(repr, missing))}; it has {found}: expected "
-            f"{_describe_lists(columns)}"
-        )
+    audio_column = columns.audio_column
     feature = dataset.features[audio_column]
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
     if not is_struct and not isinstance(feature, Audio):
@@ -360,7 +397,7 @@ def _trusted_durations(dataset: Dataset, audio_column: str) -> pyarrow.ChunkedAr
             measured = read_duration(dataset[int(row)][audio_column])
         except AudioError:
             continue
-        if not durations_agree(values[row], measured):
+        if abs(measured - values[row]) > 0.1 + 0.05 * measured:
             logger.warning(
                 "the column duration says %g where a clip is %g s long: durations are read from the audio instead",
                 values[row],

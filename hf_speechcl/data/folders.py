@@ -7,6 +7,8 @@ import logging
 import os
 import posixpath
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ SPLITS = {
 }
 SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
+UNREAD_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".sph", ".aifc", ".spx"}  # of audio, often
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 INDEX_FILE = ".hf_speechcl-durations.parquet"  # see index.py
 
@@ -144,6 +147,7 @@ def list_files(
         logger.warning("%s holds audio files and parquet files: %s is not used", path.name, ", ".join(parquet[:3]))
     files = Files(path, pyarrow.array(names, pyarrow.string()), np.array(sizes, int), np.array(modified, int))
     del names, sizes, modified
+    warn_of_unread(path, suffixes)
     files, values, splits = _with_metadata(files, metadata, columns, required)
     if len(files) == 0:
         found = ", ".join(f"{count} × {suffix}" for suffix, count in suffixes.most_common(5)) or "nothing"
@@ -158,28 +162,37 @@ def list_files(
 
 
 def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, list[os.DirEntry]]]:
-    """All files below a folder, sorted, in runs of the same folder; links to folders are not followed."""
+    """All files below a folder, sorted, in runs of the same folder; links to folders are named and not followed."""
     with os.scandir(folder) as entries:
         entries = sorted(entries, key=attrgetter("name"))
     run = []
     for entry in entries:
-        if not _is_unicode(entry.name):
+        if not is_unicode(entry.name):
             logger.warning("skipped %s: its name is not UTF-8, rename it", ascii(prefix + entry.name))
         elif entry.is_dir(follow_symlinks=False):
             yield prefix, run
             run = []
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
+        elif entry.is_dir():
+            logger.warning("skipped %s%s: links to folders are not followed", prefix, entry.name)
         elif entry.is_file() and not entry.name.startswith(INDEX_FILE):
             run.append(entry)
     yield prefix, run
 
 
-def _is_unicode(name: str) -> bool:
+def is_unicode(name: str) -> bool:
+    """Whether a file's name is UTF-8, as parquet files and decoders need it."""
     try:
         name.encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def warn_of_unread(folder: Path, suffixes: Counter) -> None:
+    """Log how many files of a folder are audio of kinds that are not read, given all its other suffixes."""
+    for suffix in sorted(UNREAD_SUFFIXES & set(suffixes)):
+        logger.warning("skipped %d × %s of %s: convert them to WAV or FLAC", suffixes[suffix], suffix, folder.name)
 
 
 def _stat(folder: Path, names: list[str]) -> Files:
@@ -209,9 +222,13 @@ def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], 
             for column in values:
                 value = entry.get(column)
                 values[column].append(None if value is None else str(value))
+    if forms := _other_forms(files, _not_among(files, named).to_pylist()):
+        named = [forms.get(name, name) for name in named]
+        splits = {forms.get(name, name): split for name, split in splits.items()}
     known = pyarrow.array(named[::-1], pyarrow.string())
-    more = pyarrow.array(named, pyarrow.string()).unique()
-    more = more.filter(pyarrow.compute.invert(pyarrow.compute.is_in(more, files.names)))
+    if again := len(known) - len(known.unique()):
+        logger.warning("metadata of %s name files again, %d times: what is said last holds", files.folder.name, again)
+    more = _not_among(files, named)
     if len(more):
         others = _stat(files.folder, more.to_pylist())
         files = Files(
@@ -223,6 +240,24 @@ def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], 
     places = pyarrow.compute.index_in(files.names, known)
     taken = {column: pyarrow.array(texts[::-1], pyarrow.string()).take(places) for column, texts in values.items()}
     return files, taken, splits
+
+
+def _not_among(files: Files, named: list[str]) -> pyarrow.Array:
+    """The names that are not among the files, each once."""
+    names = pyarrow.array(named, pyarrow.string()).unique()
+    return names.filter(pyarrow.compute.invert(pyarrow.compute.is_in(names, files.names)))
+
+
+def _other_forms(files: Files, missing: list[str]) -> dict[str, str]:
+    """Files by the names that metadata give them in another form: letters and marks apart or not, with \\ for /."""
+
+    def form(name: str) -> str:
+        return unicodedata.normalize("NFC", name).replace("\\", "/")
+
+    by_form = {form(name): name for name in files.names.to_pylist()} if missing else {}
+    return {
+        name: by_form[form(name)] for name in missing if form(name) in by_form and not (files.folder / name).is_file()
+    }
 
 
 def _read_metadata(file: Path, required: list[str]) -> Iterator[dict]:
@@ -244,6 +279,7 @@ def _read_metadata(file: Path, required: list[str]) -> Iterator[dict]:
 
 
 def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(sys.maxsize)  # a transcript of hours is longer than its default
     reader, begin = csv.DictReader(lines, strict=True), 1
     try:
         if reader.fieldnames is None:

@@ -19,7 +19,7 @@ from ..distributed import leaves_launch
 from ..recognizer import ComputingArguments, SpeechRecognizer
 from ..recordings import RecordingArguments
 from ..text import normalize_text
-from .asr import SpeechErrorRates, align, frequent_errors, score_slices
+from .asr import MIN_CLIPS_OF_INTERVAL, SpeechErrorRates, align, frequent_errors, score_slices
 from .comparison import check_same_clips, compare, read_other_results
 from .report import write_report
 from .transcription import TranscriptLog, checksum, state_of_file, transcribe
@@ -91,19 +91,27 @@ def run_identity(
         "dtype": computing.dtype,
         "decoding": checksum([vars(decoding), vars(recording), *map(state_of_file, files)]),
         "max_seconds_per_batch": args.max_seconds_per_batch,
-        "corpus": checksum([*zip(corpus["id"], corpus["duration"])]),
+        "corpus": checksum([args.audio_column, *zip(corpus["id"], corpus["duration"])]),
     }
 
 
-def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], int]:
-    """Clips with a text, which is normalised; the columns to score them by; and how many have no text.
+def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], int, list[str]]:
+    """Clips with a text, which is normalised; the columns to score them by; how many have no text; and which are no
+    audio.
 
     Raises:
         ValueError: no clip has a text, or a column of slice_columns is not there.
     """
     wanted = list(USUAL_SLICES if args.slice_columns is None else args.slice_columns)
+    skipped: list[str] = []
     corpus = load_corpus(
-        args.corpus, args.split, args.audio_column, args.text_column, require_text=True, keep_columns=wanted
+        args.corpus,
+        args.split,
+        args.audio_column,
+        args.text_column,
+        require_text=True,
+        keep_columns=wanted,
+        skipped=skipped,
     )
     values = {column: set(corpus[column]) for column in wanted}
     if args.slice_columns and (missing := [column for column in wanted if values[column] == {None}]):
@@ -116,7 +124,7 @@ def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], 
         logger.warning("skipped %s: no text to score against", corpus[row]["id"])
     if not scored:
         raise ValueError(f"no clip of {', '.join(args.corpus)} has a text to score against")
-    return corpus.select(scored), columns, len(corpus) - len(scored)
+    return corpus.select(scored), columns, len(corpus) - len(scored), skipped
 
 
 def describe_transcripts(corpus: datasets.Dataset, records: list[dict], columns: list[str], method: str) -> list[dict]:
@@ -158,6 +166,8 @@ def print_results(results: dict) -> None:
     for name in ("wer", "cer"):
         low, high = results[f"{name}_low"], results[f"{name}_high"]
         print(f"{name.upper()} {results[name]:.1%}  (95% interval {low:.1%} to {high:.1%})")
+    if results["clips"] < MIN_CLIPS_OF_INTERVAL:
+        print(f"intervals of fewer than {MIN_CLIPS_OF_INTERVAL} clips are much too narrow")
     print(
         f"{results['clips']} clips ({results['hours']:.2f} h) of {', '.join(results['corpus'])}, {results['split']}; "
         f"normalisation {results['text_normalization']}; decoding {results['decoding']}"
@@ -193,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     for file in filter(None, (args.output_file, args.report_file)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
 
-    corpus, columns, num_without_text = load_clips(args)
+    corpus, columns, num_without_text, skipped = load_clips(args)
     if other is not None:
         check_same_clips(other, dict(zip(corpus["id"], corpus["text"])), args.compare_with)
     log = None
@@ -221,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": computing.dtype,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
             "clips_without_text": num_without_text,
-            "clips_skipped": [record["id"] for record in records if record["text"] is None],
+            "clips_skipped": skipped + [record["id"] for record in records if record["text"] is None],
             **score(transcripts, columns),
         }
         results["comparison"] = None if other is None else compare(transcripts, other)

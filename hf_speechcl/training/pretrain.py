@@ -252,9 +252,7 @@ def check_best_metric(metric: str | None, probe: tuple[PhoneProbe, HiddenStates]
     measured = [f"probe/{name}{key}" for name in names for key in PROBE_METRICS]
     wanted = (metric or "").removeprefix("eval_")
     if wanted.startswith("probe/") and wanted not in measured:
-        raise ValueError(
-            f"metric_for_best_model={wanted}: the probe measures {', '.join(measured) or 'nothing'}"
-        )
+        raise ValueError(f"metric_for_best_model={wanted}: the probe measures {', '.join(measured) or 'nothing'}")
 
 
 def build_trainer(

@@ -84,7 +84,7 @@ def load_clips(args: FewShotArguments, sampling_rate: int) -> tuple[list, list[s
     waveforms, kept, counts = [], [], Counter()
     for row in np.random.default_rng(args.seed).permutation(len(labels)).tolist():
         place, clip = (labels[row], groups[row]), corpus[row]
-        if labels[row] is None or clip["duration"] < args.min_seconds or counts[place] == args.max_clips:
+        if not labels[row] or clip["duration"] < args.min_seconds or counts[place] == args.max_clips:
             continue
         try:
             waveforms.append(read_audio(clip["audio"], sampling_rate, duration=args.max_seconds))
@@ -106,15 +106,14 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments([FewShotArguments], DESCRIPTION, argv)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    for name in args.models:  # all of them, before clips are decoded
-        find_model(name)
-    config = SpeechCLConfig.from_pretrained(args.models[0])
+    folders = [find_model(name) for name in args.models]  # all of them, before clips are decoded
+    config = SpeechCLConfig.from_pretrained(folders[0])
     waveforms, labels, groups = load_clips(args, config.sampling_rate)
     sampler = EpisodeSampler(labels, args.n_way, args.k_shot, args.n_query, args.min_clips, groups)
 
     results = {}
-    for name in args.models:
-        classifier = PrototypicalClassifier(name, args.layer, args.projector)
+    for name, folder in zip(args.models, folders):
+        classifier = PrototypicalClassifier(folder, args.layer, args.projector)
         if classifier.sampling_rate != config.sampling_rate:
             raise ValueError(f"{name} takes {classifier.sampling_rate} Hz, {args.models[0]} {config.sampling_rate} Hz")
         results[name] = classifier.prototypes, classifier.embed(waveforms)
