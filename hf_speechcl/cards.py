@@ -186,12 +186,18 @@ def describe_model(config: SpeechCLConfig, num_parameters: int) -> str:
     reach = "all frames" if config.sliding_window is None else f"{config.sliding_window} frames to either side"
     kernel_size = config.conv_depthwise_kernel_size
     convolution = "" if kernel_size is None else f", a convolution module of {kernel_size} frames"
-    return (
-        f"Log-mel ({config.num_mel_bins} bins), convolutional subsampling by {config.subsampling_factor} (a frame each "
-        f"{frame:g} ms), pre-norm Transformer with rotary positions: {config.num_hidden_layers} layers of "
-        f"{config.hidden_size}, {config.num_attention_heads} heads, attention to {reach}{convolution}; "
-        f"{num_parameters / 1e6:.3g} million parameters."
+    below = (
+        f"convolutional subsampling by {config.subsampling_factor} (a frame each {frame:g} ms)"
+        if config.perceptron_dims is None
+        else f"a perceptron of {', '.join(map(str, config.perceptron_dims))} on each frame ({frame:g} ms)"
     )
+    layers = (
+        f"pre-norm Transformer with rotary positions: {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, attention to {reach}{convolution}"
+        if config.num_hidden_layers
+        else f"a linear layer to {config.hidden_size}, no Transformer"
+    )
+    return f"Log-mel ({config.num_mel_bins} bins), {below}, {layers}; {num_parameters / 1e6:.3g} million parameters."
 
 
 def describe_objectives(objectives: dict[str, dict]) -> str:

@@ -116,12 +116,17 @@ def find_model(name: str | Path) -> str:
         ) from error
 
 
-def _holds_transcripts(file: Path) -> bool:
-    """Whether results are those that scripts/evaluate.py wrote, with the ids and texts of clips."""
-    if "transcripts" not in json.loads(file.read_text(encoding="utf-8")):
-        return False
-    logger.warning("%s names clips and their texts: it is not published", file.name)
-    return True
+def _are_numbers(file: Path) -> bool:
+    """Whether results are those of a training; others, such as scripts/evaluate.py writes, may name clips and texts,
+    which the log says."""
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        results = None
+    if is_numbers := isinstance(results, dict) and "transcripts" not in results:
+        return is_numbers
+    logger.warning("%s is not published: no training wrote it, and it may name clips and texts", file.name)
+    return False
 
 
 def published_files(folder: str | Path) -> list[Path]:
@@ -135,7 +140,7 @@ def published_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     found = sorted(path for path in folder.glob("*") if path.is_file())
     files = [path for path in found if any(fnmatchcase(path.name, pattern) for pattern in PUBLISHED)]
-    files = [path for path in files if path.name != RESULTS or not _holds_transcripts(path)]
+    files = [path for path in files if path.name != RESULTS or _are_numbers(path)]
     names = {path.name for path in files}
     if not names & {WEIGHTS, WEIGHTS_INDEX}:
         others = ", ".join(path.name for path in found[:8]) or ("no files" if folder.is_dir() else "no folder")

@@ -358,6 +358,7 @@ class SpeechCLPreTrainedModel(PreTrainedModel):
     main_input_name = "input_values"
     input_modalities = "audio"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # losses are of a batch: transformers' Trainer divides them by its accumulated steps
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -458,7 +459,7 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             )
         frame_lengths = None
         if attention_mask is not None:
-            sample_lengths = attention_mask.sum(-1)
+            sample_lengths = attention_mask.to(torch.bool).sum(-1)
             frame_lengths = self._get_feat_extract_output_lengths(sample_lengths)
             attention_mask = length_mask(frame_lengths, self._get_feat_extract_output_lengths(input_values.shape[1]))
             input_values = input_values * length_mask(sample_lengths, input_values.shape[1])
@@ -474,6 +475,10 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         if mask_time_indices is not None:
             mask = mask_time_indices.to(torch.bool)[..., None]
             hidden_states = torch.where(mask, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
+        elif self.training and self.masked_spec_embed.requires_grad:  # or DistributedDataParallel would wait for it
+            hidden_states = hidden_states + 0.0 * self.masked_spec_embed.to(hidden_states.dtype)
+        if self.training and self._checkpoints_trained_layers() and not hidden_states.requires_grad:
+            hidden_states.requires_grad_(torch.is_grad_enabled())  # or reentrant checkpoints would cut the graph here
 
         position_embeddings = rotary_embeddings(self.config, hidden_states)
         layer_mask = self._layer_mask(hidden_states, attention_mask, causal)
@@ -483,6 +488,12 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
             )
         return SpeechCLModelOutput(
             last_hidden_state=self.norm(hidden_states), extract_features=extract_features, log_mel=log_mel
+        )
+
+    def _checkpoints_trained_layers(self) -> bool:
+        return any(
+            layer.gradient_checkpointing and any(weight.requires_grad for weight in layer.parameters())
+            for layer in self.layers
         )
 
     def _layer_mask(self, hidden_states, attention_mask, causal):
@@ -517,6 +528,8 @@ class SpeechCLHeadModel(SpeechCLPreTrainedModel):
         outputs = self.speechcl(input_values, attention_mask, **{**kwargs, "output_hidden_states": True})
         weights = self.layer_weights.float().softmax(0)
         hidden_states = sum(weight * states for weight, states in zip(weights, outputs.hidden_states))
+        if not kwargs.get("output_hidden_states", self.config.output_hidden_states):
+            outputs.hidden_states = None
         return hidden_states.to(outputs.last_hidden_state.dtype), outputs
 
 
@@ -552,7 +565,7 @@ class SpeechCLForCTC(SpeechCLHeadModel):
         if attention_mask is None:
             frame_lengths = torch.full((len(logits),), logits.shape[1], device=logits.device)
         else:
-            frame_lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+            frame_lengths = self._get_feat_extract_output_lengths(attention_mask.to(torch.bool).sum(-1))
 
         loss = None
         if labels is not None:
@@ -613,7 +626,7 @@ class SpeechCLForSequenceClassification(SpeechCLHeadModel):
         if attention_mask is None:
             pooled = hidden_states.mean(1)
         else:
-            frame_lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+            frame_lengths = self._get_feat_extract_output_lengths(attention_mask.to(torch.bool).sum(-1))
             mask = length_mask(frame_lengths, hidden_states.shape[1])[..., None]
             pooled = (hidden_states * mask).sum(1) / frame_lengths[:, None].clamp_min(1)
         logits = self.classifier(self.dropout(pooled))

@@ -224,7 +224,7 @@ class SpeechRecognizer:
             recording: how it is cut.
 
         Raises:
-            AudioError: it cannot be read.
+            AudioError: it cannot be read or holds nothing.
         """
         return join_transcripts(transcript for _, _, transcript in self.transcribe_utterances(audio, recording))
 

@@ -18,7 +18,7 @@ CHOICES = {
 RULES = ("white space", "unicode", "digits", "casing", "punctuation")
 MAX_EXAMPLES = 5
 # Languages that write a decimal point and commas between thousands; the others do the reverse.
-DECIMAL_POINT = ("am", "bn", "cy", "en", "es_GT", "es_NI", "he", "hi", "ja", "kn", "ko", "te", "th", "zh")
+DECIMAL_POINT = {"am", "bn", "cy", "en", "es_GT", "es_NI", "he", "hi", "ja", "kn", "ko", "te", "th", "zh"}
 
 
 def spell_numbers(text: str, language: str = "en") -> str:
@@ -35,7 +35,7 @@ def spell_numbers(text: str, language: str = "en") -> str:
         ModuleNotFoundError: num2words is not installed.
     """
     say = _number_speaker(language)
-    thousands, decimal = (",", ".") if language.startswith(DECIMAL_POINT) else (".", ",")
+    thousands, decimal = (",", ".") if {language, language.split("_")[0]} & DECIMAL_POINT else (".", ",")
     number = rf"(?P<whole>\d{{1,3}}(?:[{thousands}]\d{{3}})+(?!\d)|\d+)(?:[{decimal}](?P<fraction>\d+))?"
     if language.startswith("en"):
         number += r"(?P<ordinal>(?i:st|nd|rd|th)\b)?"
@@ -59,9 +59,15 @@ def spell_numbers(text: str, language: str = "en") -> str:
 
 def _say_decimal(say, whole: str, fraction: str) -> str:
     """num2words leaves out zeros at the end, and the point before nothing else; they are added where digits after the
-    point are read one by one."""
+    point are read one by one.
+
+    Raises:
+        ValueError: the language has whole numbers only.
+    """
+    if say(Decimal("2.1")) in ("", say(2)):
+        raise ValueError("no decimals")
     said, one = fraction.rstrip("0"), f" {say(1)}"
-    if not say(Decimal("2.1")).endswith(one):
+    if not say(Decimal("2.14")).endswith(f"{one} {say(4)}"):
         return say(Decimal(f"{whole}.{fraction}"))
     words = say(Decimal(f"{whole}.{said}")) if said else say(Decimal(f"{whole}.1")).removesuffix(one)
     return " ".join([words, *[say(0)] * (len(fraction) - len(said))])

@@ -134,7 +134,7 @@ def find_recordings(files: list[str]) -> dict[str, Path]:
     recordings: dict[str, Path] = {}
     for given in map(Path, files):
         if given.is_dir():
-            files_below = sorted(given.rglob("*"))
+            files_below = sorted(file for file in given.rglob("*") if file.is_file())
             found = [file for file in files_below if file.suffix.lower() in AUDIO_SUFFIXES]
             warn_of_unread(given, Counter(file.suffix.lower() for file in files_below))
             if not found:

@@ -133,6 +133,9 @@ def test_clips_with_digits_may_be_left_out():
         ("en", "1.50, 2.0", "one point five zero, two point zero"),
         ("ru", "5,0", "пять целых ноль десятых"),
         ("es_GT", "1,200.5", "mil doscientos punto cinco"),
+        ("pl", "3,50", "trzy przecinek pięćdziesiąt"),  # not digit by digit
+        ("tet", "1.200", "rihun ida atus rua"),
+        ("tr", "2,5", "iki beş"),  # num2words knows no decimals
         ("en", "x2y 1,2", "x two y one,two"),
         ("en", "4TH of", "fourth of"),
         ("am", "1999", " ".join(spell_numbers(digit, "am") for digit in "1999")),  # num2words fails

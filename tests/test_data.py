@@ -248,6 +248,9 @@ def test_shards_of_a_parquet_folder_may_have_unlike_columns(tmp_path, clips):
     assert corpus["duration"][:] == pytest.approx([len(clip) / 16000 for clip in clips[1:4]])
     with pytest.raises(ValueError, match=r"train-1.parquet has no column 'speaker'; it has audio, text, take"):
         load_corpus(str(tmp_path), label_column="speaker")
+    (tmp_path / "train-4.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="train-4.parquet cannot be read as parquet"):
+        load_corpus(str(tmp_path))
     (tmp_path / "empty").mkdir()
     (tmp_path / "train-0.parquet").rename(tmp_path / "empty/train.parquet")
     with pytest.raises(ValueError, match="empty: train.parquet has no rows"):

@@ -409,6 +409,8 @@ def test_classifier_learns_and_runs_in_the_pipeline_with_and_without_the_package
         (finetune_classifier, ["--label_column", "word"], "demo has no column 'word'"),
         (finetune_classifier, ["--label_column", "speaker"], "expected two classes at least, found en_US_f_Allison"),
         (finetune_classifier, ["--mask_time_span", "0"], "mask_time_span must be positive"),
+        (finetune_classifier, ["--stop_on_collapse", "2"], "stop_on_collapse is not used: no guard watches a class"),
+        (finetune_ctc, ["--grad_cache", "False"], "grad_cache is not used: no clips are compared"),
     ],
 )
 def test_wrong_option_stops_the_run_with_its_name(main, arguments, message, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from hf_speechcl import (
     SpeechCLConfig,
@@ -295,6 +296,60 @@ def test_gradient_checkpointing_changes_no_gradient(config, clips):
         model(**batch).last_hidden_state.square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+
+
+def test_reentrant_checkpoints_reach_adapters_below_which_nothing_is_trained(config):
+    model = SpeechCLForCTC(config).requires_grad_(False).train()
+    model.speechcl.layers[0].attention.q_proj.requires_grad_(True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model(torch.randn(1, 8000), labels=torch.tensor([[1, 2]])).loss.backward()
+    assert model.speechcl.layers[0].attention.q_proj.weight.grad.any()
+
+
+def test_every_weight_takes_part_in_training_as_distributed_training_needs(config):
+    for model in (SpeechCLForCTC(config), SpeechCLForSequenceClassification(config)):
+        labels = torch.tensor([[1, 2]]) if isinstance(model, SpeechCLForCTC) else torch.tensor([1])
+        model.train()(torch.randn(1, 8000), labels=labels).loss.backward()
+        assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
+@pytest.mark.parametrize("model_class", [SpeechCLForCTC, SpeechCLForSequenceClassification])
+def test_transformers_trainer_gives_the_same_update_in_one_batch_and_by_accumulation(model_class, tmp_path):
+    config = SpeechCLConfig(**TINY, ctc_loss_reduction="mean", num_labels=3)
+    labels = [[1, 2]] if model_class is SpeechCLForCTC else [0, 1, 2]
+    samples = torch.randn(4, 8000).numpy()
+    data = [{"input_values": clip, "labels": labels[number % len(labels)]} for number, clip in enumerate(samples)]
+    moved = []
+    for batch, steps in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        model = model_class(config)
+        before = model.speechcl.feature_projection.weight.detach().clone()
+        args = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
+            use_cpu=True, report_to="none", save_strategy="no", optim="sgd", max_grad_norm=0, learning_rate=0.1,
+            lr_scheduler_type="constant", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model=model, args=args, train_dataset=data).train()
+        moved.append(model.speechcl.feature_projection.weight.detach() - before)
+    assert moved[0].any()
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-7)
+
+
+def test_weighted_layer_sum_gives_hidden_states_when_asked_for(config):
+    config.use_weighted_layer_sum = True
+    model, samples = SpeechCLForCTC(config).eval(), torch.randn(1, 8000)
+    assert model(samples).keys() == {"logits"}
+    assert len(model(samples, output_hidden_states=True).hidden_states) == config.num_hidden_layers + 1
+
+
+def test_attention_mask_may_be_of_any_dtype(config):
+    model, mask = SpeechCLForCTC(config).eval(), torch.ones(2, 8000)
+    mask[1, 4001:] = 0
+    samples, labels = torch.randn(2, 8000), torch.tensor([[1, 2], [3, -100]])
+    for dtype in (torch.float32, torch.float16):
+        found = model(samples, mask.to(dtype), labels=labels)
+        torch.testing.assert_close(found.logits, model(samples, mask.int()).logits, rtol=0, atol=0)
+        assert torch.isfinite(found.loss)
 
 
 def test_layerdrop_bypasses_whole_layers_in_training_only(clips):

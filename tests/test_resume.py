@@ -17,7 +17,7 @@ from hf_speechcl.training.trainer import find_checkpoint, keep_options
 from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
 
 
-def test_a_run_does_not_go_on_under_other_options(tmp_path):
+def test_a_run_does_not_go_on_under_other_options(tmp_path, monkeypatch):
     def keep(checkpoint, **changes):
         of_training = {"output_dir": str(tmp_path), "seed": 0}
         of_training |= {name: changes.pop(name) for name in (*of_training, "learning_rate") if name in changes}
@@ -34,6 +34,10 @@ def test_a_run_does_not_go_on_under_other_options(tmp_path):
     assert not (tmp_path / "another").exists()
     with pytest.raises(ValueError, match=r"learning_rate=0.0005, now 0.1"):
         keep(checkpoint, learning_rate=0.1)
+    monkeypatch.setattr(SpeechTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=r"world_size=1, now 2"):
+        keep(checkpoint)
+    monkeypatch.undo()
     options = json.loads((tmp_path / "options.json").read_text())
     del options["learning_rate"]  # of a version that kept less
     (tmp_path / "options.json").write_text(json.dumps(options))

@@ -100,3 +100,5 @@ def test_article_configuration_trains_its_model(tmp_path):
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert losses[-1] < losses[0]
+    card = (tmp_path / "README.md").read_text()
+    assert "a perceptron of 64, 32 on each frame (10 ms), a linear layer to 16, no Transformer" in card

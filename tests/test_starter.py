@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_speechcl import SpeechCLForCTC, SpeechCLForPreTraining
+from hf_speechcl.evaluation.few_shot import PrototypicalClassifier
 from hf_speechcl.features import HiddenStates
 from hf_speechcl.hub import STARTER, find_model
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
@@ -30,6 +31,7 @@ def test_starter_is_small_and_has_a_card_that_names_its_data():
     assert find_model("starter") == str(STARTER)
     features = HiddenStates.load("starter", [6])
     assert features.layers == [6]
+    assert PrototypicalClassifier("starter").sampling_rate == 16000
     assert features.encoder.dtype == torch.float32  # its weights are stored in bfloat16
     assert (STARTER / "model.safetensors").stat().st_size < 20e6
     card = (STARTER / "README.md").read_text(encoding="utf-8")

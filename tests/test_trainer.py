@@ -93,6 +93,7 @@ def test_comparing_objectives_refuse_what_they_cannot_do(corpus, tmp_path):
     with pytest.raises(ValueError, match="info_nce compares clips by their labels, and of those of validation 1 has 1"):
         make_pretraining_trainer(one_voice, tmp_path, objectives)
     make_pretraining_trainer(every_voice, tmp_path, objectives)
+    make_pretraining_trainer(one_voice, tmp_path, {"siamese": {"form": "simsiam"}})  # compares no labels
     with pytest.raises(ValueError, match="of those of validation 0 has 3 clips or more, where two are needed"):
         make_pretraining_trainer(every_voice, tmp_path, {"prototypical": {"k_shot": 2, "num_views": 1}})
 

@@ -200,9 +200,7 @@ def _open(name: str, columns: _Columns) -> _Source:
 def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
     """Rows of a split of a source, with null for the duration of clips that cannot be used."""
     if source.files is None:
-        loaded = _load_named(source.name, split)
-        _check_columns(loaded.column_names, source.name, columns)
-        rows = _standard_columns(loaded, source.name, columns)
+        rows = _standard_columns(_load_named(source.name, split), source.name, columns)
         files, clips = _files_in_cache(rows, split), np.array([len(rows)])
     elif split not in source.splits:
         raise ValueError(_no_split(source.name, split, source.splits))
@@ -218,9 +216,9 @@ def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
             texts = {column: source.values[name].take(pyarrow.array(numbers)) for column, name in columns.texts.items()}
             rows = _audio_rows(files, texts)
         else:
-            paths = [str(files.folder / name) for name in files.names.to_pylist()]
+            paths = {str(files.folder / name): _footer(files.folder / name) for name in files.names.to_pylist()}
             rows = _parquet_rows(paths, source.name, columns)
-            clips = np.array([pyarrow.parquet.read_metadata(path).num_rows for path in paths])
+            clips = np.array([footer.num_rows for footer in paths.values()])
     rows = _with_unique_ids(rows)
     if "duration" not in rows.column_names:
         audio_column = columns.audio_column if source.values is None else ""
@@ -244,50 +242,38 @@ def _join(parts: list[Dataset], split: str, sources: list[str], skipped: list[st
     return corpus if len(usable) == len(corpus) else corpus.select(usable)
 
 
-def _parquet_rows(paths: list[str], name: str, columns: _Columns) -> Dataset:
-    """Rows of parquet files, of which some may have columns that others lack; of no column that is not asked for.
+def _parquet_rows(paths: dict[str, pyarrow.parquet.FileMetaData], name: str, columns: _Columns) -> Dataset:
+    """Rows of parquet files, of which some may have columns that others lack.
+
+    Args:
+        paths: with what their footers say.
 
     Raises:
         ValueError: there are no rows, or a file lacks a column that is needed.
     """
-    wanted = {columns.audio_column, "id", "duration", *columns.texts.values(), *columns.list_columns}
-    schemas = {path: pyarrow.parquet.read_schema(path) for path in paths}
-    filled = [path for path in paths if pyarrow.parquet.read_metadata(path).num_rows]
+    filled = {path: footer for path, footer in paths.items() if footer.num_rows}
     if not filled:
-        raise ValueError(f"{name}: {', '.join(Path(path).name for path in paths[:3])} has no rows")
-    shared = set.intersection(*(set(schemas[path].names) for path in filled))
-    wanted -= {"duration"} - shared  # or read from the audio
+        raise ValueError(f"{name}: {', '.join(Path(path).name for path in [*paths][:3])} has no rows")
+
+    def kinds(path: str) -> list[tuple[str, str]]:
+        return sorted((column.name, str(column.type)) for column in filled[path].schema.to_arrow_schema())
+
     parts = []
-    for kept, group in groupby(filled, lambda path: [kind for kind in schemas[path] if kind.name in wanted]):
+    for _, group in groupby(filled, kinds):
         group = list(group)
         shown = name if len(group) == len(filled) else f"{name}, {Path(group[0]).name}"
-        _check_columns(schemas[group[0]].names, shown, columns)
-        rows = load_dataset(
-            "parquet",
-            data_files=[*map(glob.escape, group)],
-            split="train",
-            columns=[kind.name for kind in kept],
-        )
+        rows = load_dataset("parquet", data_files=[*map(glob.escape, group)], split="train")
         parts.append(_standard_columns(rows, shown, columns))
     if any("duration" not in part.column_names for part in parts):
         parts = [part.remove_columns([*{"duration"} & set(part.column_names)]) for part in parts]
     return concatenate_datasets(parts)
 
 
-def _check_columns(names: list[str], source: str, columns: _Columns) -> None:
-    """Refuse a source that lacks a column."""
-    found = ", ".join(names)
-    if columns.audio_column not in names:
-        raise ValueError(f"{source} has no column {columns.audio_column!r}; it has {found}: set audio_column")
-    for option in ("text_column", "label_column"):
-        column = getattr(columns, option)
-        if column in columns.required and column not in names:
-            raise ValueError(f"{source} has no column {column!r}; it has {found}: set {option}")
-    if missing := [column for column in columns.list_columns if column not in names]:
-        raise ValueError(
-            f"{source} has no column {' and '.join(map(repr, missing))}; it has {found}: expected "
-            f"{_describe_lists(columns)}"
-        )
+def _footer(file: Path) -> pyarrow.parquet.FileMetaData:
+    try:
+        return pyarrow.parquet.read_metadata(file)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file} cannot be read as parquet: {error}") from None
 
 
 def _audio_rows(files: Files, texts: dict[str, pyarrow.Array]) -> Dataset:
@@ -330,7 +316,18 @@ def _files_in_cache(rows: Dataset, split: str) -> Files:
 
 def _standard_columns(dataset: Dataset, name: str, columns: _Columns) -> Dataset:
     """The columns id, audio, the texts asked for, and duration if there is one; audio is not decoded."""
-    audio_column = columns.audio_column
+    audio_column, found = columns.audio_column, ", ".join(dataset.column_names)
+    if audio_column not in dataset.column_names:
+        raise ValueError(f"{name} has no column {audio_column!r}; it has {found}: set audio_column")
+    for option in ("text_column", "label_column"):
+        column = getattr(columns, option)
+        if column in columns.required and column not in dataset.column_names:
+            raise ValueError(f"{name} has no column {column!r}; it has {found}: set {option}")
+    if missing := [column for column in columns.list_columns if column not in dataset.column_names]:
+        raise ValueError(
+            f"{name} has no column {' and '.join(map(repr, missing))}; it has {found}: expected "
+            f"{_describe_lists(columns)}"
+        )
     feature = dataset.features[audio_column]
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
     if not is_struct and not isinstance(feature, Audio):

@@ -7,7 +7,6 @@ import logging
 import os
 import posixpath
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -28,8 +27,10 @@ SPLITS = {
     "test": ["test", "testing", "eval", "evaluation"],
 }
 SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
-UNREAD_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".sph", ".aifc", ".spx"}  # of audio, often
+AUDIO_SUFFIXES = {
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".sph", ".w64")
+}
+UNREAD_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".spx"}  # of audio, often
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 INDEX_FILE = ".hf_speechcl-durations.parquet"  # see index.py
 
@@ -224,7 +225,9 @@ def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], 
                 values[column].append(None if value is None else str(value))
     if forms := _other_forms(files, _not_among(files, named).to_pylist()):
         named = [forms.get(name, name) for name in named]
-        splits = {forms.get(name, name): split for name, split in splits.items()}
+        for name in forms.keys() & splits.keys():
+            if splits.setdefault(forms[name], splits[name]) != splits[name]:
+                raise ValueError(f"{files.folder}: {forms[name]} is named in the metadata of two splits")
     known = pyarrow.array(named[::-1], pyarrow.string())
     if again := len(known) - len(known.unique()):
         logger.warning("metadata of %s name files again, %d times: what is said last holds", files.folder.name, again)
@@ -252,7 +255,7 @@ def _other_forms(files: Files, missing: list[str]) -> dict[str, str]:
     """Files by the names that metadata give them in another form: letters and marks apart or not, with \\ for /."""
 
     def form(name: str) -> str:
-        return unicodedata.normalize("NFC", name).replace("\\", "/")
+        return posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
     by_form = {form(name): name for name in files.names.to_pylist()} if missing else {}
     return {
@@ -279,7 +282,7 @@ def _read_metadata(file: Path, required: list[str]) -> Iterator[dict]:
 
 
 def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
-    csv.field_size_limit(sys.maxsize)  # a transcript of hours is longer than its default
+    csv.field_size_limit(2**31 - 1)  # a transcript of hours is longer than its default
     reader, begin = csv.DictReader(lines, strict=True), 1
     try:
         if reader.fieldnames is None:

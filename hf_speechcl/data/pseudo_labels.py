@@ -21,7 +21,6 @@ from .folders import SPLIT_OF_NAME, source_name
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "pseudo_labels.json"
-ROUNDING = 0.051  # seconds; a source may say lengths in tenths
 ROWS_PER_GROUP = 100  # of the parquet files
 AUDIO = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
 SCHEMA = pyarrow.schema(
@@ -108,31 +107,37 @@ def recording_key(id: str, seconds: float) -> str:
 
 class KnownRecordings:
     """Recordings by their keys, each known again where it is named from another folder above or below, or moved to the
-    folder of a split, and where one source says its length less exactly.
+    folder of a split, and where one source says its length in tenths of a second.
 
     Args:
         keys: of `recording_key`.
     """
 
     def __init__(self, keys: Iterable[str]):
-        self.parts: dict[str, list[tuple[list[str], float]]] = {}
+        self.parts: dict[tuple[str, int], list[tuple[list[str], int]]] = {}
         for key in keys:
-            folders, name, seconds = self._split(key)
-            self.parts.setdefault(name, []).append((folders, seconds))
+            folders, name, hundredths = self._split(key)
+            self.parts.setdefault((name, hundredths // 10), []).append((folders, hundredths))
 
     def __contains__(self, key: str) -> bool:
-        folders, name, seconds = self._split(key)
+        folders, name, hundredths = self._split(key)
         return any(
-            abs(seconds - length) <= ROUNDING
+            self._agree(hundredths, length)
             and all(one == other for one, other in zip(reversed(folders), reversed(known)))
-            for known, length in self.parts.get(name, [])
+            for tenths in range(hundredths // 10 - 1, hundredths // 10 + 2)
+            for known, length in self.parts.get((name, tenths), [])
         )
 
     @staticmethod
-    def _split(key: str) -> tuple[list[str], str, float]:
+    def _agree(one: int, other: int) -> bool:
+        """Whether lengths in hundredths of a second are the same, or one may be the other rounded to tenths."""
+        return one == other or (abs(one - other) <= 5 and 0 in (one % 10, other % 10))
+
+    @staticmethod
+    def _split(key: str) -> tuple[list[str], str, int]:
         id, _, seconds = key.rpartition(" ")
         *folders, name = id.split("/")
-        return [folder for folder in folders if folder.lower() not in SPLIT_OF_NAME], name, float(seconds)
+        return [folder for folder in folders if folder.lower() not in SPLIT_OF_NAME], name, round(100 * float(seconds))
 
 
 def write_clips(dataset: SpeechDataset, texts: list[str | None], clips: list[int], file: Path) -> list[float]:

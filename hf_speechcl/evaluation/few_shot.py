@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from ..configuration_speechcl import SpeechCLConfig
 from ..data.batching import DurationBatchSampler
 from ..data.collators import pad_waveforms
-from ..hub import find_model
+from ..hub import find_model, may_be_model
 from ..modeling_speechcl import SpeechCLModel, SpeechCLPreTrainedModel
 from ..objectives.base import frame_lengths
 from ..objectives.prototypical import Prototypical
@@ -194,7 +194,7 @@ class PrototypicalClassifier:
 
 def load_model(name: str | Path) -> SpeechCLPreTrainedModel:
     """The model of a folder or Hub name: with its projectors, where there are trained ones, else the encoder alone."""
-    if not Path(name).is_dir() and "/" not in str(name):
+    if not may_be_model(str(name)):
         raise ValueError(f"model {str(name)!r}: expected a folder or a Hub name")
     name = find_model(name)
     config = SpeechCLConfig.from_pretrained(name)

@@ -80,6 +80,7 @@ class Siamese(UtteranceObjective):
         check_choice("siamese.form", form, ("contrastive", "simsiam"))
         self.form, self.margin, self.stop_gradient = form, margin, stop_gradient
         if form == "simsiam":
+            self.views_per_class = 0
             self.predictor = nn.Sequential(
                 nn.Linear(proj_dim, -(-proj_dim // 4), bias=not batch_norm),
                 nn.BatchNorm1d(-(-proj_dim // 4)) if batch_norm else nn.Identity(),

@@ -32,7 +32,7 @@ class UtteranceObjective(Objective):
         super().__init__()
         check_choice("pooling", pooling, ("statistics", "mean"))
         self.num_views, self.pooling = num_views, pooling
-        self.views_per_class = 1  # that it must have to take part
+        self.views_per_class = 1  # that it must have to take part; 0 where classes are not compared
         width = (2 if pooling == "statistics" else 1) * config.hidden_size
         layers: list[nn.Module] = []
         for _ in range(proj_layers - 1):

@@ -209,7 +209,7 @@ class SpeechTrainingArguments(TrainingArguments):
                 "resume from those in output_dir"
             )
         if self.metric_for_best_model and self.greater_is_better is None:
-            self.greater_is_better = not re.search("(loss|error|wer|cer)$", self.metric_for_best_model)
+            self.greater_is_better = not re.search("(loss|error)$", self.metric_for_best_model)
         super().__post_init__()
 
     def to_dict(self) -> dict:

@@ -82,7 +82,9 @@ class CTCDataArguments(RegularizationArguments, CorpusArguments):
     casing: str | None = option(None, "Of the text that is learnt: lower, upper or keep; lower by default.")
     punctuation: str | None = option(None, "remove (but for apostrophes within words) or keep; remove by default.")
     digits: str | None = option(
-        None, "keep, words (four for 4) or leave_out (clips whose text has digits); keep by default."
+        None,
+        "keep, words (four for 4; clips whose text has ½ or ² are left out) or leave_out (clips whose text has "
+        "digits); keep by default.",
     )
     text_language: str | None = option(None, "Language of the words for numbers, as num2words names it; en by default.")
     vocabulary: str | None = option(

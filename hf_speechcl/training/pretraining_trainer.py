@@ -133,6 +133,8 @@ class PretrainingTrainer(SpeechTrainer):
         """
         _, counts = np.unique(self.eval_dataset.labels, return_counts=True)
         for name, objective in self.model.comparing.items():
+            if not objective.views_per_class:
+                continue
             found = int((counts * objective.num_views >= objective.views_per_class).sum())
             if found < 2:
                 clips = -(-objective.views_per_class // objective.num_views)

@@ -275,11 +275,12 @@ class SpeechTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Whether this update is the best: only one with a checkpoint can be, and of equal ones the last is."""
-        name = self.args.metric_for_best_model
-        if name is None or not (self.control.should_save or self.args.save_strategy == SaveStrategy.BEST):
-            return False
-        if metrics.get(f"eval_{name.removeprefix('eval_')}") == self.state.best_metric:
-            self.state.best_metric = None  # better than none
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if name in metrics and self.args.save_strategy != SaveStrategy.BEST:
+            if not self.control.should_save:
+                return False
+            if metrics[name] == self.state.best_metric:
+                self.state.best_metric = None  # better than none
         return super()._determine_best_metric(metrics, trial)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
@@ -424,7 +425,7 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     current |= {name: getattr(args, name) for name in KEPT if hasattr(args, name)}
     current = {name: without_folders(value) for name, value in current.items()}
     file = Path(args.output_dir) / OPTIONS
-    if checkpoint is not None and (earlier := Path(checkpoint).parent / OPTIONS).is_file():
+    if checkpoint is not None and (earlier := Path(checkpoint).resolve().parent / OPTIONS).is_file():
         begun = json.loads(earlier.read_text(encoding="utf-8"))
         changed = [
             f"{name}={begun[name]!r}, now {value!r}"
