@@ -116,15 +116,15 @@ def find_model(name: str | Path) -> str:
         ) from error
 
 
-def _are_numbers(file: Path) -> bool:
+def _is_of_training(file: Path) -> bool:
     """Whether results are those of a training; others, such as scripts/evaluate.py writes, may name clips and texts,
     which the log says."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         results = None
-    if is_numbers := isinstance(results, dict) and "transcripts" not in results:
-        return is_numbers
+    if is_of_training := isinstance(results, dict) and "transcripts" not in results:
+        return is_of_training
     logger.warning("%s is not published: no training wrote it, and it may name clips and texts", file.name)
     return False
 
@@ -140,7 +140,7 @@ def published_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     found = sorted(path for path in folder.glob("*") if path.is_file())
     files = [path for path in found if any(fnmatchcase(path.name, pattern) for pattern in PUBLISHED)]
-    files = [path for path in files if path.name != RESULTS or _are_numbers(path)]
+    files = [path for path in files if path.name != RESULTS or _is_of_training(path)]
     names = {path.name for path in files}
     if not names & {WEIGHTS, WEIGHTS_INDEX}:
         others = ", ".join(path.name for path in found[:8]) or ("no files" if folder.is_dir() else "no folder")

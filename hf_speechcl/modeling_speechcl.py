@@ -352,6 +352,15 @@ class SpeechCLEncoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
+def needs_input_gradient(layer: GradientCheckpointingLayer) -> bool:
+    """Whether nothing of a layer would be trained without a gradient of its input, as with reentrant checkpoints."""
+    return (
+        layer.gradient_checkpointing
+        and layer._gradient_checkpointing_func.keywords.get("use_reentrant", True)
+        and any(weight.requires_grad for weight in layer.parameters())
+    )
+
+
 class SpeechCLPreTrainedModel(PreTrainedModel):
     config: SpeechCLConfig
     base_model_prefix = "speechcl"
@@ -475,25 +484,20 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         if mask_time_indices is not None:
             mask = mask_time_indices.to(torch.bool)[..., None]
             hidden_states = torch.where(mask, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
-        elif self.training and self.masked_spec_embed.requires_grad:  # or DistributedDataParallel would wait for it
+        elif self.training and self.masked_spec_embed.requires_grad and torch.distributed.is_initialized():
+            # Every weight takes part, as DistributedDataParallel waits for the gradients of all.
             hidden_states = hidden_states + 0.0 * self.masked_spec_embed.to(hidden_states.dtype)
-        if self.training and self._checkpoints_trained_layers() and not hidden_states.requires_grad:
-            hidden_states.requires_grad_(torch.is_grad_enabled())  # or reentrant checkpoints would cut the graph here
 
         position_embeddings = rotary_embeddings(self.config, hidden_states)
         layer_mask = self._layer_mask(hidden_states, attention_mask, causal)
         for layer in self.layers:
+            if self.training and not hidden_states.requires_grad and needs_input_gradient(layer):
+                hidden_states.requires_grad_(torch.is_grad_enabled())
             hidden_states = layer(
                 hidden_states, layer_mask, position_embeddings, frame_mask=attention_mask, is_causal=causal, **kwargs
             )
         return SpeechCLModelOutput(
             last_hidden_state=self.norm(hidden_states), extract_features=extract_features, log_mel=log_mel
-        )
-
-    def _checkpoints_trained_layers(self) -> bool:
-        return any(
-            layer.gradient_checkpointing and any(weight.requires_grad for weight in layer.parameters())
-            for layer in self.layers
         )
 
     def _layer_mask(self, hidden_states, attention_mask, causal):

@@ -1,5 +1,6 @@
 """What is done to the texts that a recogniser is trained on: casing, punctuation, digits; and a report of it."""
 
+import contextlib
 import json
 import re
 import unicodedata
@@ -58,18 +59,27 @@ def spell_numbers(text: str, language: str = "en") -> str:
 
 
 def _say_decimal(say, whole: str, fraction: str) -> str:
-    """num2words leaves out zeros at the end, and the point before nothing else; they are added where digits after the
-    point are read one by one.
+    """A decimal; where digits after the point are read one by one, with the zeros at the end, unlike num2words.
 
     Raises:
-        ValueError: the language has whole numbers only.
+        ValueError: num2words leaves out the fraction, or zeros in it.
     """
-    if say(Decimal("2.1")) in ("", say(2)):
-        raise ValueError("no decimals")
-    said, one = fraction.rstrip("0"), f" {say(1)}"
-    if not say(Decimal("2.14")).endswith(f"{one} {say(4)}"):
-        return say(Decimal(f"{whole}.{fraction}"))
-    words = say(Decimal(f"{whole}.{said}")) if said else say(Decimal(f"{whole}.1")).removesuffix(one)
+
+    def reads_digits(kind: type) -> bool:
+        with contextlib.suppress(Exception):  # what num2words raises differs by language
+            return say(kind("2.14")).endswith(f" {say(1)} {say(4)}")
+        return False
+
+    kind = next(filter(reads_digits, (Decimal, float)), None)  # some languages have words for floats alone
+    said, number = fraction.rstrip("0"), kind or Decimal
+    if said[:1] == "0" and say(number(f"{whole}.{said}")) == say(number(f"{whole}.{said.lstrip('0')}")):
+        raise ValueError(f"no words for the zeros of {fraction}")
+    if kind is None:
+        words = say(Decimal(f"{whole}.{fraction}"))
+        if said and words in ("", say(int(whole))):
+            raise ValueError(f"no words for {fraction}")
+        return words
+    words = say(kind(f"{whole}.{said}")) if said else say(kind(f"{whole}.1")).removesuffix(f" {say(1)}")
     return " ".join([words, *[say(0)] * (len(fraction) - len(said))])
 
 

@@ -135,7 +135,9 @@ def test_clips_with_digits_may_be_left_out():
         ("es_GT", "1,200.5", "mil doscientos punto cinco"),
         ("pl", "3,50", "trzy przecinek pięćdziesiąt"),  # not digit by digit
         ("tet", "1.200", "rihun ida atus rua"),
-        ("tr", "2,5", "iki beş"),  # num2words knows no decimals
+        ("tr", "5,25", "beşvirgülyirmibeş"),
+        ("it", "2,5", "due virgola cinque"),
+        ("bn", "0.05", "শূন্য শূন্য পাঁচ"),  # num2words says the same for 0.5
         ("en", "x2y 1,2", "x two y one,two"),
         ("en", "4TH of", "fourth of"),
         ("am", "1999", " ".join(spell_numbers(digit, "am") for digit in "1999")),  # num2words fails

@@ -190,7 +190,7 @@ def test_metadata_may_write_names_in_another_form(tmp_path, clips, caplog):
     (tmp_path / "clips").mkdir()
     soundfile.write(tmp_path / "clips" / "cle\u0301.wav", clips[0], 16000)  # as macOS writes it
     text = "a" * 200_000
-    rows = ["file_name,text", "clips\\cl\u00e9.wav,first", f"clips/cl\u00e9.wav,{text}"]
+    rows = ["file_name,text", ".\\clips\\cl\u00e9.wav,first", f"clips/cl\u00e9.wav,{text}"]
     (tmp_path / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
     assert load_corpus(str(tmp_path), require_text=True)["text"] == [text]
     assert "name files again, 1 times: what is said last holds" in caplog.text
@@ -200,7 +200,9 @@ def test_audio_that_is_not_read_is_named(audio_folder, tmp_path, caplog):
     for name in ("a.m4a", "b.M4A", "notes.txt"):
         (audio_folder / name).write_bytes(b"x")
     (audio_folder / "linked").symlink_to(tmp_path)
-    assert len(load_corpus(str(audio_folder))) == 4
+    for suffix, format in (("sph", "NIST"), ("aifc", "AIFF")):
+        soundfile.write(audio_folder / f"clip.{suffix}", np.ones(16000), 16000, format=format)
+    assert len(load_corpus(str(audio_folder))) == 6
     assert f"skipped 2 × .m4a of {audio_folder.name}: convert them" in caplog.text
     assert "skipped linked: links to folders are not followed" in caplog.text
 

@@ -225,6 +225,16 @@ def test_further_columns_are_kept_as_texts_where_a_source_has_them(labelled_fold
         load_corpus("demo", keep_columns=["text"])
 
 
+def test_class_names_are_those_of_each_shard(labelled_folder, tmp_path):
+    audio = [{"bytes": None, "path": str(labelled_folder / f"clip{number}.wav")} for number in range(2)]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard, names in enumerate((["ann", "bob"], ["bob", "ann"])):
+        rows = Dataset.from_dict({"audio": audio, "speaker": [0, 1]})
+        rows.cast_column("speaker", ClassLabel(names=names)).to_parquet(folder / f"train-{shard}.parquet")
+    assert load_corpus(str(folder), keep_columns=["speaker"])["speaker"][:] == ["ann", "bob", "bob", "ann"]
+
+
 def test_ids_of_two_sources_are_told_apart(audio_folder):
     names = load_corpus([str(audio_folder), str(audio_folder)])["id"][:]
     assert len(set(names)) == 8

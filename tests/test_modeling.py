@@ -306,7 +306,19 @@ def test_reentrant_checkpoints_reach_adapters_below_which_nothing_is_trained(con
     assert model.speechcl.layers[0].attention.q_proj.weight.grad.any()
 
 
-def test_every_weight_takes_part_in_training_as_distributed_training_needs(config):
+def test_frozen_layers_below_trained_ones_are_not_gone_through_backward(config):
+    model = SpeechCLModel(config).requires_grad_(False).train()
+    model.layers[-1].requires_grad_(True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0].requires_grad))
+    model(torch.randn(1, 8000)).last_hidden_state.sum().backward()
+    assert inputs[: len(model.layers)] == [False] * len(model.layers)
+
+
+def test_every_weight_takes_part_in_training_as_distributed_training_needs(config, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for model in (SpeechCLForCTC(config), SpeechCLForSequenceClassification(config)):
         labels = torch.tensor([[1, 2]]) if isinstance(model, SpeechCLForCTC) else torch.tensor([1])
         model.train()(torch.randn(1, 8000), labels=labels).loss.backward()

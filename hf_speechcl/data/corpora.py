@@ -1,6 +1,7 @@
 """Any source of audio → rows with an id, undecoded audio, a duration from the header and, where known, a text."""
 
 import glob
+import json
 import logging
 import re
 import zlib
@@ -255,8 +256,11 @@ def _parquet_rows(paths: dict[str, pyarrow.parquet.FileMetaData], name: str, col
     if not filled:
         raise ValueError(f"{name}: {', '.join(Path(path).name for path in [*paths][:3])} has no rows")
 
-    def kinds(path: str) -> list[tuple[str, str]]:
-        return sorted((column.name, str(column.type)) for column in filled[path].schema.to_arrow_schema())
+    def kinds(path: str) -> tuple:
+        """Types of the columns, and what `datasets` knows of them, such as the names of classes."""
+        features = json.loads((filled[path].metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features")
+        types = sorted((column.name, str(column.type)) for column in filled[path].schema.to_arrow_schema())
+        return types, json.dumps(features, sort_keys=True)
 
     parts = []
     for _, group in groupby(filled, kinds):

@@ -130,8 +130,8 @@ class KnownRecordings:
 
     @staticmethod
     def _agree(one: int, other: int) -> bool:
-        """Whether lengths in hundredths of a second are the same, or one may be the other rounded to tenths."""
-        return one == other or (abs(one - other) <= 5 and 0 in (one % 10, other % 10))
+        """Whether lengths in hundredths of a second are the same but for rounding, of one of them to tenths too."""
+        return abs(one - other) <= 1 or (abs(one - other) <= 5 and 0 in (one % 10, other % 10))
 
     @staticmethod
     def _split(key: str) -> tuple[list[str], str, int]:

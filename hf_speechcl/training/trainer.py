@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -425,7 +426,7 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     current |= {name: getattr(args, name) for name in KEPT if hasattr(args, name)}
     current = {name: without_folders(value) for name, value in current.items()}
     file = Path(args.output_dir) / OPTIONS
-    if checkpoint is not None and (earlier := Path(checkpoint).resolve().parent / OPTIONS).is_file():
+    if checkpoint is not None and (earlier := Path(os.path.abspath(checkpoint)).parent / OPTIONS).is_file():
         begun = json.loads(earlier.read_text(encoding="utf-8"))
         changed = [
             f"{name}={begun[name]!r}, now {value!r}"
