@@ -245,6 +245,25 @@ def test_the_best_is_a_checkpoint_and_of_equal_ones_the_last(rates, best, corpus
     )
 
 
+def test_validation_reads_nothing_on_padding_of_models_that_write_there(corpus, tmp_path, monkeypatch):
+    trainer = make_trainer(corpus, tmp_path)
+    forward = SpeechCLForCTC.forward
+
+    def write_everywhere(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        outputs.logits = torch.nn.functional.one_hot(torch.full(outputs.logits.shape[:2], 3), self.config.vocab_size)
+        return outputs
+
+    monkeypatch.setattr(SpeechCLForCTC, "forward", write_everywhere)
+    decoded = []
+    decode = trainer.processing_class.batch_decode
+    monkeypatch.setattr(trainer.processing_class, "batch_decode", lambda ids: decoded.append(ids) or decode(ids))
+    trainer.evaluate()
+    written = torch.cat([(tokens == 3).sum(1) for tokens in decoded]).sort().values
+    lengths = [trainer.model._get_feat_extract_output_lengths(round(16000 * s)) for s in trainer.eval_dataset.durations]
+    torch.testing.assert_close(written, torch.tensor(sorted(lengths)), rtol=0, atol=1)
+
+
 def test_absurd_learning_rate_collapses_to_blank_and_is_told(corpus, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ctc_trainer, "PATIENCE", 10)
     trainer = make_trainer(
