@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     model = SpeechCLForPreTraining.from_pretrained(args.model, config=config, dtype=torch.float32)
     for parameter in model.parameters():  # quantisers, which are buffers, stay what they were
         parameter.data = parameter.data.bfloat16()
+    if (size := sum(weight.nbytes for weight in model.state_dict().values())) > LARGEST:
+        raise ValueError(f"{args.model} has {size / 1e6:.0f} MB in bfloat16, more than {LARGEST / 1e6:.0f} MB")
     model.save_pretrained(args.output_dir)
     config = json.loads((args.output_dir / "config.json").read_text(encoding="utf-8"))
     del config["auto_map"]  # the package it is in has the classes
@@ -59,9 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in (CURVES, "preprocessor_config.json"):
         shutil.copy(files[name], args.output_dir / name)
     (args.output_dir / CARD).write_text(of_the_package(files[CARD].read_text(encoding="utf-8")), encoding="utf-8")
-    if (size := (args.output_dir / WEIGHTS).stat().st_size) > LARGEST:
-        raise ValueError(f"{args.output_dir / WEIGHTS} has {size / 1e6:.0f} MB, more than {LARGEST / 1e6:.0f} MB")
-    print(f"{args.output_dir}: {size / 1e6:.1f} MB")
+    print(f"{args.output_dir}: {(args.output_dir / WEIGHTS).stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -39,17 +39,17 @@ if ! wait "$scratch"; then
 fi
 
 echo "3/4  Scoring both on the test split, alone and with an n-gram of the training transcripts"
-score() {  # MODEL NAME OPTIONS
-  "$python" scripts/evaluate.py --device cpu --model "$out/$1" --split test --add_to_card True \
-    --output_file "$out/$1/$2.json" "${@:3}" > "$out/$1-$2.log" 2>&1 || { tail -n 20 "$out/$1-$2.log" >&2; return 1; }
-}
+evaluate=("$python" scripts/evaluate.py --device cpu --split test --add_to_card True)
 "$python" scripts/build_lm.py --model "$out/recognizer" --corpus demo --output_file "$out/lm.arpa" > "$out/lm.log" 2>&1 || { tail -n 20 "$out/lm.log" >&2; exit 1; }
 ngram=(--beam_width 100 --lm "$out/lm.arpa" --lm_weight 0.75 --word_bonus 1)  # chosen on the validation clips
-score_both() {
-  score scratch "$@" &
+score_both() {  # NAME OPTIONS
+  model="$out/scratch"  # a command of its own rather than a function, so that the trap ends it
+  "${evaluate[@]}" --model "$model" --output_file "$model/$1.json" "${@:2}" > "$out/scratch-$1.log" 2>&1 &
   scratch=$!
-  score recognizer "$@"
-  wait "$scratch"
+  model="$out/recognizer"
+  "${evaluate[@]}" --model "$model" --output_file "$model/$1.json" "${@:2}" > "$out/recognizer-$1.log" 2>&1 \
+    || { tail -n 20 "$out/recognizer-$1.log" >&2; exit 1; }
+  wait "$scratch" || { tail -n 20 "$out/scratch-$1.log" >&2; exit 1; }
 }
 score_both test
 score_both test-ngram "${ngram[@]}"

@@ -148,6 +148,16 @@ def test_options_of_an_arm_go_over_those_of_its_tier_and_of_all(scripts, tmp_pat
     assert options["objective_options"] == {"best_rq.num_codebooks": 2, "best_rq.codebook_size": 64}
     assert options["max_steps"] == 2
     assert "mask_span" not in options
+    config["arms"]["less"] = {
+        "like": "mine",
+        "finetuning": {"bf16": None},
+        "finetuning_by_labels": {"all": {"head_learning_rate": None}},
+    }
+    less = scripts.recipes.build_recipe(config, "T1", "less", [MINUTES, "all"]).finetuning
+    assert [("bf16" in less[size], "head_learning_rate" in less[size]) for size in less] == [
+        (False, True),
+        (False, False),
+    ]
     config["arms"]["plain"] = {"like": "mine", "finetuning": None}
     plain = scripts.recipes.build_recipe(config, "T2", "plain", [MINUTES])
     assert plain.finetuning[MINUTES]["learning_rate"] == config["finetuning"]["learning_rate"]

@@ -199,9 +199,13 @@ class Comparison:
                 folder = chain.folder / f"units{number}"
                 units["output_dir"] = str(folder)
                 units |= self._only_cpu(chain, {"device": "cpu"})
-                make = partial(
-                    self.processes[recipe.tier].run, "make_units.py", to_argv(units), beside(folder, ".log"), lock
-                )
+
+                def make(units=units, folder=folder) -> dict:
+                    shutil.rmtree(folder, ignore_errors=True)  # from the beginning, so that all of it is timed
+                    return self.processes[recipe.tier].run(
+                        "make_units.py", to_argv(units), beside(folder, ".log"), lock
+                    )
+
                 done.append(made_once(beside(folder, ".json"), make))
                 options["units"] = str(folder)
             if stage["continues"]:
@@ -312,20 +316,17 @@ class Comparison:
         """A number measured once for a chain, which stays what it was then."""
         return made_once(chain.folder / f"{name}.json", lambda: {"value": measure()})["value"]
 
-    def _mean(self, chain: Chain, arm: str, pretraining: str | None, value, run: str = "", **same) -> float:
-        """Mean over rows in the table of equal updates and of the same device, of an arm with this hash of its
-        pre-training or with any; of one cell those of its newest recipe, or of that with this end of its run's name.
+    def _mean(self, chain: Chain, arm: str, pretraining: str, value, run: str = "", **same) -> float:
+        """Mean over seeds, of each its newest row in the table of equal updates and of the same device, of an arm with
+        this hash of its pre-training, and with this end of its run's name.
 
         Raises:
             RunError: there is none; says what to run.
         """
         wanted = {"tier": chain.recipe.tier, "arm": arm, "table": "updates", "device": self._device(chain), **same}
-        rows = [row for row in self.results.rows() if all(row[name] == value for name, value in wanted.items())]
-        names = [(row, f"seed{row['seed']}-{pretraining}") for row in rows]
-        rows = [row for row, name in names if pretraining is None or row["run"].split("/")[2] == name]
-        rows = [row for row in rows if row["run"].endswith(run)]
-        if "labels" in same:
-            rows = [row for row in rows if row["recipe"] == rows[-1]["recipe"]]
+        found = [row for row in self.results.rows() if all(row[name] == value for name, value in wanted.items())]
+        found = [row for row in found if row["run"].split("/")[2] == f"seed{row['seed']}-{pretraining}"]
+        rows = list({row["seed"]: row for row in found if row["run"].endswith(run)}.values())
         if not rows:
             shown = ", ".join(f"{name} {value}" for name, value in wanted.items())
             raise RunError(
@@ -354,13 +355,19 @@ class Comparison:
 
     def _whole_budget(self, chain: Chain, size: str) -> int:
         """Updates of fine-tuning that last as long as the pre-training, with self-training, and the fine-tuning of
-        others."""
-        column, same = self._seconds(chain, "finetuning"), {"phase": chain.phase, "labels": size}
-        per_update = self._mean(chain, "scratch", None, lambda row: row[column] / row["finetuning_updates"], **same)
-        column, budget = self._seconds(chain, "pretraining"), chain.recipe.budget
-        of_size = {} if budget.self_training is None else same | {"run": f"-{budget.finetuning_hash(size)}"}
-        seconds = self._mean(chain, budget.arm, chain.measured_in, lambda row: row[column], **of_size)
-        return chain.recipe.finetuning[size]["max_steps"] + round(seconds / per_update)
+        another arm; how long one takes is said by the same row, as machines and days differ."""
+        before, last, budget = (
+            self._seconds(chain, "pretraining"),
+            self._seconds(chain, "finetuning"),
+            chain.recipe.budget,
+        )
+
+        def further_updates(row: dict) -> float:
+            return row[before] * row["finetuning_updates"] / row[last]
+
+        same = {"phase": chain.phase, "labels": size, "run": f"-{budget.finetuning_hash(size)}"}
+        further = self._mean(chain, budget.arm, chain.measured_in, further_updates, **same)
+        return chain.recipe.finetuning[size]["max_steps"] + round(further)
 
 
 def clip_counts(transcripts: list[dict]) -> dict[str, list]:

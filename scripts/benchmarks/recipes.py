@@ -222,6 +222,8 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
     self_training = None
     if "self_training" in own:
         self_training = {size: _merge(*(_of_size(layer, "self_training", size) for layer in of_arm)) for size in sizes}
+        for parts in self_training.values():
+            parts |= {part: _merge(parts[part]) for part in ("student", "last")}
     for stage in stages:
         _check_options(stage["pretraining"], "pretraining", is_peer, f"{arm} in {tier}")
         _check_options(stage["units"] or {}, "units", is_peer, f"{arm} in {tier}")
@@ -264,7 +266,7 @@ def _encoder_arm(arms: dict[str, dict], name: str) -> str:
 
 def _of_size(layer: dict, kind: str, size: str) -> dict:
     by_labels = {str(name): options for name, options in layer.get(f"{kind}_by_labels", {}).items()}
-    return _merge(layer.get(kind, {}), by_labels.get(size, {}))
+    return _merge(layer.get(kind, {}), by_labels.get(size, {}), keeps_null=True)
 
 
 def clock_of(tier: dict) -> str:
