@@ -11,4 +11,4 @@ source "$(dirname "$0")/environment.sh" "$versions"
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$venv/bin/ruff" check .
-"$venv/bin/python" -m pytest -n 2 -m "not slow and not gpu" "$@"
+"$venv/bin/python" -m pytest -n 2 --dist worksteal -m "not slow and not gpu" "$@"
