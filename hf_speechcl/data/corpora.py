@@ -15,12 +15,12 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from datasets import Audio, ClassLabel, Dataset, concatenate_datasets, load_dataset
+from datasets import Audio, Dataset, concatenate_datasets, load_dataset
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from pyarrow import compute
 
-from .audio import AudioError, read_duration
+from .columns import Columns, beside, column_of, describe_lists, standard_columns, table_of
 from .demo import load_demo
 from .folders import AUDIO_SUFFIXES, Files, list_files, relative_to, source_name, split_of
 from .index import indexed_durations
@@ -70,7 +70,7 @@ def load_corpus(
         ValueError: a column or a split is missing; the message names those there are. Or a column to keep has the name
             of one that every corpus has, or a column of lists holds none.
     """
-    columns = _Columns(audio_column, text_column, require_text, label_column, tuple(keep_columns), list_columns or {})
+    columns = Columns(audio_column, text_column, require_text, label_column, tuple(keep_columns), list_columns or {})
     sources = [sources] if isinstance(sources, str) else list(sources)
     return _join([_load(_open(source, columns), split, columns) for source in sources], split, sources, skipped)
 
@@ -92,7 +92,7 @@ def load_train_and_validation(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, found {validation_fraction}")
-    columns = _Columns(**columns)
+    columns = Columns(**columns)
     train, validation = [], []
     for name in [sources] if isinstance(sources, str) else sources:
         source = _open(name, columns)
@@ -125,45 +125,7 @@ def load_train_and_validation(
 
 def corpus_splits(source: str) -> list[str]:
     """Names of the splits that a source has."""
-    return _open(source, _Columns()).splits
-
-
-def column_of(rows: Dataset, name: str) -> pyarrow.ChunkedArray:
-    """A column of a corpus. (`rows[name]` looks at a corpus that rows were selected from row by row.)"""
-    column = rows.data.column(name)
-    return column if rows._indices is None else column.take(rows._indices.column(0))
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Which columns are read; see `load_corpus`."""
-
-    audio_column: str = "audio"
-    text_column: str = "text"
-    require_text: bool = False
-    label_column: str | None = None
-    keep_columns: tuple[str, ...] = ()
-    list_columns: Mapping[str, pyarrow.DataType] = field(default_factory=dict)
-
-    def __post_init__(self):
-        for option in ("keep_columns", "list_columns"):
-            if taken := sorted({"id", "audio", "text", "label", "duration"} & set(getattr(self, option))):
-                raise ValueError(
-                    f"{option}: {', '.join(taken)} would hide a column that every corpus has: leave it out"
-                )
-
-    @property
-    def texts(self) -> dict[str, str]:
-        """Columns of texts by their names in the corpus."""
-        labels = {} if self.label_column is None else {"label": self.label_column}
-        return {"text": self.text_column, **labels, **{column: column for column in self.keep_columns}}
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Those without which a source is refused."""
-        return ((self.text_column,) if self.require_text else ()) + (
-            () if self.label_column is None else (self.label_column,)
-        )
+    return _open(source, Columns()).splits
 
 
 @dataclass(frozen=True)
@@ -191,23 +153,23 @@ class _Source:
         return sorted(set(self.split_of_file))
 
 
-def _open(name: str, columns: _Columns) -> _Source:
+def _open(name: str, columns: Columns) -> _Source:
     path = None if name == "demo" else _local_path(name)
     if path is None:
         return _Source(name)
     return _Source(name, *list_files(path, tuple(dict.fromkeys(columns.texts.values())), columns.required))
 
 
-def _load(source: _Source, split: str, columns: _Columns) -> Dataset:
+def _load(source: _Source, split: str, columns: Columns) -> Dataset:
     """Rows of a split of a source, with null for the duration of clips that cannot be used."""
     if source.files is None:
-        rows = _standard_columns(_load_named(source.name, split), source.name, columns)
+        rows = standard_columns(_load_named(source.name, split), source.name, columns)
         files, clips = _files_in_cache(rows, split), np.array([len(rows)])
     elif split not in source.splits:
         raise ValueError(_no_split(source.name, split, source.splits))
     elif source.values is not None and columns.list_columns:
         raise ValueError(
-            f"{source.name} is a folder of audio files, and {_describe_lists(columns)} are lists, which metadata do "
+            f"{source.name} is a folder of audio files, and {describe_lists(columns)} are lists, which metadata do "
             "not hold: give parquet files"
         )
     else:
@@ -243,7 +205,7 @@ def _join(parts: list[Dataset], split: str, sources: list[str], skipped: list[st
     return corpus if len(usable) == len(corpus) else corpus.select(usable)
 
 
-def _parquet_rows(paths: dict[str, pyarrow.parquet.FileMetaData], name: str, columns: _Columns) -> Dataset:
+def _parquet_rows(paths: dict[str, pyarrow.parquet.FileMetaData], name: str, columns: Columns) -> Dataset:
     """Rows of parquet files, of which some may have columns that others lack.
 
     Args:
@@ -267,7 +229,7 @@ def _parquet_rows(paths: dict[str, pyarrow.parquet.FileMetaData], name: str, col
         group = list(group)
         shown = name if len(group) == len(filled) else f"{name}, {Path(group[0]).name}"
         rows = load_dataset("parquet", data_files=[*map(glob.escape, group)], split="train")
-        parts.append(_standard_columns(rows, shown, columns))
+        parts.append(standard_columns(rows, shown, columns))
     if any("duration" not in part.column_names for part in parts):
         parts = [part.remove_columns([*{"duration"} & set(part.column_names)]) for part in parts]
     return concatenate_datasets(parts)
@@ -286,7 +248,7 @@ def _audio_rows(files: Files, texts: dict[str, pyarrow.Array]) -> Dataset:
     paths = compute.if_else(compute.starts_with(files.names, "/"), files.names, inside)
     nothing = pyarrow.nulls(len(paths), pyarrow.binary())
     audio = pyarrow.StructArray.from_arrays([nothing, paths], names=["bytes", "path"])
-    rows = _table({"id": files.names, "audio": audio, **texts})
+    rows = table_of({"id": files.names, "audio": audio, **texts})
     return rows.cast_column("audio", Audio(decode=False))
 
 
@@ -318,96 +280,6 @@ def _files_in_cache(rows: Dataset, split: str) -> Files:
     )
 
 
-def _standard_columns(dataset: Dataset, name: str, columns: _Columns) -> Dataset:
-    """The columns id, audio, the texts asked for, and duration if there is one; audio is not decoded."""
-    audio_column, found = columns.audio_column, ", ".join(dataset.column_names)
-    if audio_column not in dataset.column_names:
-        raise ValueError(f"{name} has no column {audio_column!r}; it has {found}: set audio_column")
-    for option in ("text_column", "label_column"):
-        column = getattr(columns, option)
-        if column in columns.required and column not in dataset.column_names:
-            raise ValueError(f"{name} has no column {column!r}; it has {found}: set {option}")
-    if missing := [column for column in columns.list_columns if column not in dataset.column_names]:
-        raise ValueError(
-            f"{name} has no column {' and '.join(map(repr, missing))}; it has {found}: expected "
-            f"{_describe_lists(columns)}"
-        )
-    feature = dataset.features[audio_column]
-    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
-    if not is_struct and not isinstance(feature, Audio):
-        raise ValueError(f"{name}: the column {audio_column!r} holds {feature}, expected audio (bytes and path)")
-    dataset = dataset.cast_column(audio_column, Audio(decode=False))
-    rows = dataset.select_columns(audio_column)
-    if audio_column != "audio":
-        rows = rows.rename_column(audio_column, "audio")
-    numbers = pyarrow.array(range(len(rows))).cast(pyarrow.string())
-    if "id" in dataset.column_names:
-        names = _texts(dataset, "id")
-    else:
-        paths = compute.struct_field(rows.data.column("audio"), "path")
-        names = compute.replace_substring_regex(paths, r"^.*/", "")
-    table = {"id": compute.if_else(compute.equal(compute.coalesce(names, ""), ""), numbers, names)}
-    table |= {column: _texts(dataset, name_in_source) for column, name_in_source in columns.texts.items()}
-    table |= {column: _lists(dataset, column, name, columns) for column in columns.list_columns}
-    if (seconds := _trusted_durations(dataset, audio_column)) is not None:
-        table["duration"] = seconds
-    return _beside(rows, table)
-
-
-def _texts(dataset: Dataset, column: str) -> pyarrow.ChunkedArray:
-    """A column as texts; null where there is none."""
-    if column not in dataset.column_names:
-        return pyarrow.chunked_array([pyarrow.nulls(len(dataset), pyarrow.string())])
-    values = column_of(dataset, column)
-    if isinstance(dataset.features[column], ClassLabel):
-        known = compute.if_else(compute.greater_equal(values, 0), values, None)  # -1 stands for a label not known
-        return pyarrow.array(dataset.features[column].names).take(known)
-    if pyarrow.types.is_string(values.type) or pyarrow.types.is_integer(values.type):
-        return values.cast(pyarrow.string())
-    return pyarrow.chunked_array([[None if value is None else str(value) for value in values.to_pylist()]])
-
-
-def _lists(dataset: Dataset, column: str, name: str, columns: _Columns) -> pyarrow.ChunkedArray:
-    """A column of lists of the type asked for."""
-    values = column_of(dataset, column)
-    try:
-        return values.cast(pyarrow.list_(columns.list_columns[column]))
-    except pyarrow.ArrowException:
-        raise ValueError(
-            f"{name}: the column {column!r} holds {values.type}, expected {_describe_lists(columns)}"
-        ) from None
-
-
-def _describe_lists(columns: _Columns) -> str:
-    return " and ".join(f"{column} (list of {kind})" for column, kind in columns.list_columns.items())
-
-
-def _trusted_durations(dataset: Dataset, audio_column: str) -> pyarrow.ChunkedArray | None:
-    """The column duration, if there is one and the headers of a few clips agree that it is in seconds."""
-    if "duration" not in dataset.column_names:
-        return None
-    column = column_of(dataset, "duration")
-    if not (pyarrow.types.is_floating(column.type) or pyarrow.types.is_integer(column.type)):
-        return None
-    seconds = column.cast(pyarrow.float64())
-    values = seconds.to_numpy()
-    if not (np.isfinite(values) & (values > 0)).all():
-        return None
-    for row in np.linspace(0, len(values) - 1, num=min(3, len(values)), dtype=int):
-        try:
-            measured = read_duration(dataset[int(row)][audio_column])
-        except AudioError:
-            continue
-        if abs(measured - values[row]) > 0.1 + 0.05 * measured:
-            logger.warning(
-                "the column duration says %g where a clip is %g s long: durations are read from the audio instead",
-                values[row],
-                measured,
-            )
-            return None
-    return seconds
-
-
 def _with_unique_ids(rows: Dataset) -> Dataset:
     """Rows whose ids are all different: where they are not, their number is added."""
     names = column_of(rows, "id")
@@ -415,7 +287,7 @@ def _with_unique_ids(rows: Dataset) -> Dataset:
         return rows
     numbers = pyarrow.array(range(len(rows))).cast(pyarrow.string())
     unique = compute.binary_join_element_wise(names, numbers, "#")
-    return _beside(rows.remove_columns("id"), {"id": unique}).select_columns(rows.column_names)
+    return beside(rows.remove_columns("id"), {"id": unique}).select_columns(rows.column_names)
 
 
 def _measured(rows: Dataset, files: Files, clips: np.ndarray, audio_column: str, name: str) -> Dataset:
@@ -428,21 +300,7 @@ def _measured(rows: Dataset, files: Files, clips: np.ndarray, audio_column: str,
         logger.warning("skipped %d of %d files of %s:", len(problems), len(rows), name)
         for number in sorted(problems):
             logger.warning("skipped %s: %s", rows[number]["id"], problems[number])
-    return _beside(rows, {"duration": pyarrow.array(seconds, from_pandas=True)})
-
-
-def _table(columns: dict) -> Dataset:
-    return Dataset(pyarrow.table(columns))
-
-
-def _beside(rows: Dataset, columns: dict) -> Dataset:
-    """Rows with further columns; id, audio, text come first and duration last."""
-    rows = concatenate_datasets([rows, _table(columns)], axis=1)
-    first = [column for column in ("id", "audio", "text") if column in rows.column_names]
-    last = [column for column in ("duration",) if column in rows.column_names]
-    return rows.select_columns(
-        [*first, *(column for column in rows.column_names if column not in (*first, *last)), *last]
-    )
+    return beside(rows, {"duration": pyarrow.array(seconds, from_pandas=True)})
 
 
 def _local_path(source: str) -> Path | None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .audio import AudioError, read_audio, to_int16
-from .corpora import column_of
+from .columns import column_of
 
 logger = logging.getLogger(__name__)
 

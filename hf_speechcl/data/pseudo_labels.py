@@ -14,7 +14,8 @@ import soundfile
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .corpora import column_of, load_corpus
+from .columns import column_of
+from .corpora import load_corpus
 from .dataset import SpeechDataset, clip_ids, decoded
 from .folders import SPLIT_OF_NAME, source_name
 
