@@ -352,6 +352,11 @@ class SpeechCLEncoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
+def is_distributed() -> bool:
+    """Whether several processes train; not all builds of torch can."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def needs_input_gradient(layer: GradientCheckpointingLayer) -> bool:
     """Whether nothing of a layer would be trained without a gradient of its input, as with reentrant checkpoints."""
     return (
@@ -484,7 +489,7 @@ class SpeechCLModel(SpeechCLPreTrainedModel):
         if mask_time_indices is not None:
             mask = mask_time_indices.to(torch.bool)[..., None]
             hidden_states = torch.where(mask, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
-        elif self.training and self.masked_spec_embed.requires_grad and torch.distributed.is_initialized():
+        elif self.training and self.masked_spec_embed.requires_grad and is_distributed():
             # Every weight takes part, as DistributedDataParallel waits for the gradients of all.
             hidden_states = hidden_states + 0.0 * self.masked_spec_embed.to(hidden_states.dtype)
 
