@@ -13,6 +13,7 @@ def small_config(scripts, tmp_path, **changes):
     config = yaml.safe_load(YAML.read_text())
     config["pretraining"] |= {"encoder_options": TINY, "bf16": False}
     config["finetuning"] |= {"bf16": False, "learning_rate": 1e-3}
+    config["timed_updates"] = [1, 3]
     config["few_shot"] = {"splits": ["test"], "n_way": 2, "k_shot": 1, "n_query": 1, "min_clips": 2, "episodes": 20}
     config["arms"]["scratch"].pop("finetuning")
     sizes = {

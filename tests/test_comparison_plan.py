@@ -250,6 +250,9 @@ def test_what_is_missing_or_goes_round_is_refused(scripts, tmp_path):
         read(config | {"arms": {"x": None}})
     with pytest.raises(ValueError, match="few_shot: unknown n_wya; expected"):
         read(config | {"few_shot": {"n_wya": 5}})
+    for found in (50, [50], [50, 50], [0, 50], [50, 1.5]):
+        with pytest.raises(ValueError, match="timed_updates: expected two numbers of updates"):
+            read(config | {"timed_updates": found})
     with pytest.raises(ValueError, match="arms.y.like: there is no arm 'z'"):
         read(config | {"arms": {"x": {"like": "y"}, "y": {"like": "z"}}})
 

@@ -40,6 +40,7 @@ class Chain:
         sizes: label sizes that have no row yet.
         measured_in: hash of the pre-training of the reference arm, or of the arm of the budget, if the length is
             measured in that.
+        reference: the arm that it is trained as long as, in the table of equal time.
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class Chain:
     folder: Path
     sizes: list[str]
     measured_in: str | None = None
+    reference: Recipe | None = None
 
     def run_name(self, size: str) -> str:
         recipe = self.recipe
@@ -181,10 +183,9 @@ class Comparison:
         recipe, encoder, took = chain.recipe, None, dict(NOTHING)
         data = self.data[recipe.tier]
         script = (PEER, "pretrain") if recipe.is_peer else ("pretrain.py",)
-        scale = self._scale(chain) if chain.table == "time" else 1.0
+        scale = 1.0 if chain.reference is None else self._kept(chain, "scale", partial(self._scale, chain, lock))
         for number, stage in enumerate(recipe.stages, start=1):
-            corpus = {"corpus": data.near if "near" in stage else data.unlabelled}
-            options = {**stage["pretraining"], **corpus}
+            options = {**stage["pretraining"], "corpus": data.near if "near" in stage else data.unlabelled}
             if not recipe.is_peer:
                 options["probe_corpus"] = [data.probe]
             if options.get("seconds") == "reference":
@@ -193,20 +194,8 @@ class Comparison:
                 options["max_steps"] = max(1, round(options["max_steps"] * scale))
             done = []
             if stage["units"] is not None:
-                units = {**stage["units"], **corpus, "seed": chain.seed}
-                if "layer" in units:
-                    units["features"] = str(encoder)
                 folder = chain.folder / f"units{number}"
-                units["output_dir"] = str(folder)
-                units |= self._only_cpu(chain, {"device": "cpu"})
-
-                def make(units=units, folder=folder) -> dict:
-                    shutil.rmtree(folder, ignore_errors=True)  # from the beginning, so that all of it is timed
-                    return self.processes[recipe.tier].run(
-                        "make_units.py", to_argv(units), beside(folder, ".log"), lock
-                    )
-
-                done.append(made_once(beside(folder, ".json"), make))
+                done.append(self._make_units(chain, stage["units"], options["corpus"], encoder, folder, lock))
                 options["units"] = str(folder)
             if stage["continues"]:
                 options["encoder"] = str(encoder)
@@ -216,6 +205,22 @@ class Comparison:
             for part in done:
                 took |= {name: value + (part.get(name) or 0) for name, value in took.items()}
         return encoder, took
+
+    def _make_units(
+        self, chain: Chain, options: dict, corpus: list[str], encoder: Path | None, folder: Path, lock: int
+    ) -> dict:
+        """Units for a stage; what they took."""
+        options = {**options, "corpus": corpus, "seed": chain.seed, "output_dir": str(folder)}
+        if "layer" in options:
+            options["features"] = str(encoder)
+        options |= self._only_cpu(chain, {"device": "cpu"})
+
+        def make() -> dict:
+            shutil.rmtree(folder, ignore_errors=True)  # from the beginning, so that all of it is timed
+            processes = self.processes[chain.recipe.tier]
+            return processes.run("make_units.py", to_argv(options), beside(folder, ".log"), lock)
+
+        return made_once(beside(folder, ".json"), make)
 
     def _few_shot(self, chain: Chain, encoder: Path | None, lock: int) -> float | None:
         """Accuracy of telling speakers by a few clips; None from scratch, of the peer and of recognisers."""
@@ -344,14 +349,25 @@ class Comparison:
         column = self._seconds(chain, "pretraining")
         return self._mean(chain, self.config["reference_arm"], chain.measured_in, lambda row: row[column])
 
-    def _scale(self, chain: Chain) -> float:
-        column, recipe = self._seconds(chain, "pretraining"), chain.recipe
-
-        def ratio() -> float:
-            own = self._mean(chain, recipe.arm, recipe.pretraining_hash(), lambda row: row[column])
-            return self._reference_seconds(chain) / own
-
-        return self._kept(chain, "scale", ratio)
+    def _scale(self, chain: Chain, lock: int) -> float:
+        """Updates of an arm in the time of one of the reference arm. Both do two short runs of their first stage in
+        turns, as machines and days differ; what the longer one takes more is the time of its further updates."""
+        folder, own_data = chain.folder / "timing", self.data[chain.recipe.tier]
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run, whose turns were not in one go
+        seconds: dict[str, list[float]] = {}
+        for updates in self.config["timed_updates"]:
+            for recipe in (chain.reference, chain.recipe):
+                stage, place = recipe.stages[0], folder / recipe.arm
+                place.mkdir(parents=True, exist_ok=True)
+                options = {**stage["pretraining"], "corpus": own_data.unlabelled, "max_steps": updates}
+                if stage["units"] is not None:
+                    options["units"] = str(place / "units")
+                    self._make_units(chain, stage["units"], options["corpus"], None, place / "units", lock)
+                took = self._train(chain, ("pretrain.py",), place / str(updates), options, lock)
+                seconds.setdefault(recipe.arm, []).append(took[f"{clock_of(self._tier(chain))}_seconds"])
+        shutil.rmtree(folder)
+        reference, own = (seconds[arm][1] - seconds[arm][0] for arm in (chain.reference.arm, chain.recipe.arm))
+        return reference / own
 
     def _whole_budget(self, chain: Chain, size: str) -> int:
         """Updates of fine-tuning that last as long as the pre-training, with self-training, and the fine-tuning of

@@ -33,7 +33,7 @@ from scratch; PROTOCOL.md says how. One row for every finished run in OUTPUT/res
   Two arms on development sets; then everything on the test set:
     python scripts/benchmarks/objectives.py --tiers T1 --arms best_rq scratch --phase dev
     python scripts/benchmarks/objectives.py --tiers T1 --seeds 0 1 2 --jobs 2
-  Equal time instead of equal updates, once the table of equal updates is there; the report again:
+  Equal time instead of equal updates, which are timed first; the report again:
     python scripts/benchmarks/objectives.py --tiers T1 --seeds 0 1 2 --table time
     python scripts/benchmarks/objectives.py --report_only True
 
@@ -88,7 +88,7 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
         if tier not in config["tiers"]:
             raise ValueError(f"tiers: expected of {', '.join(config['tiers'])}, found {tier}")
         known = list(map(str, config["tiers"][tier]["labels"][args.phase]))
-        reference = build_recipe(config, tier, config["reference_arm"], [], args.quick).pretraining_hash()
+        reference = build_recipe(config, tier, config["reference_arm"], [], args.quick)
         sizes = list(dict.fromkeys(args.labels or known))
         arms = list(dict.fromkeys(args.arms or config["arms"]))
         for field_name, found, expected in (("labels", sizes, known), ("arms", arms, list(config["arms"]))):
@@ -102,11 +102,12 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
                 if args.table == "time" and arm in of_own_length(config):
                     logger.warning("%s is left out of the table of equal time: its length is its own", arm)
                     continue
-                measured_in = reference if args.table == "time" or recipe.needs_rows else None
+                of_time = reference if args.table == "time" else None
+                measured_in = reference.pretraining_hash() if of_time or recipe.needs_rows else None
                 if recipe.budget is not None:
                     measured_in = recipe.budget.pretraining_hash()
                 folder = output / "runs" / tier / arm / chain_name(recipe, seed, measured_in)
-                chain = Chain(recipe, seed, args.table, args.phase, folder, sizes, measured_in)
+                chain = Chain(recipe, seed, args.table, args.phase, folder, sizes, measured_in, of_time)
                 chains.append(replace(chain, sizes=[size for size in sizes if chain.run_name(size) not in made]))
     return chains
 
@@ -114,15 +115,16 @@ def plan(args: ComparisonArguments, config: dict, rows: list[dict], output: Path
 def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | None:
     """Of a chain on an idle machine: by what earlier runs of the arm took, else by the YAML; None if not known yet."""
     recipe, tier = chain.recipe, config["tiers"][chain.recipe.tier]
-    if recipe.needs_rows or chain.table == "time":
+    if recipe.needs_rows:
         return None
-    same = [row for row in rows if row["tier"] == recipe.tier and row["arm"] == recipe.encoder_arm and row["updates"]]
+    trained = chain.reference or recipe
+    same = [row for row in rows if row["tier"] == recipe.tier and row["arm"] == trained.encoder_arm and row["updates"]]
     per_update = dict(tier["seconds_per_update"])
     if same:
         per_update["pretraining"] = same[-1][f"pretraining_{clock_of(tier)}_seconds"] / same[-1]["updates"]
     finetuning = [recipe.finetuning[size]["max_steps"] for size in chain.sizes]
     seconds = per_update["finetuning"] * sum(finetuning)
-    for options in (stage["pretraining"] for stage in recipe.stages):
+    for options in (stage["pretraining"] for stage in trained.stages):
         seconds += float(options.get("seconds", 0)) + per_update["pretraining"] * options.get("max_steps", 0)
     if recipe.self_training is not None:
         for parts in map(recipe.self_training.get, chain.sizes):
@@ -137,7 +139,7 @@ def print_plan(chains: list[Chain], config: dict, rows: list[dict]) -> None:
     total = 0.0
     for chain in filter(lambda chain: chain.sizes, chains):
         recipe, minutes = chain.recipe, estimate_minutes(chain, config, rows)
-        updates = "as long as others" if recipe.updates is None else recipe.updates
+        updates = "as long as others" if recipe.updates is None or chain.reference else recipe.updates
         updates = f"{updates}, self-training" if recipe.self_training else updates
         sizes = ", ".join(f"{size}: {recipe.finetuning[size]['max_steps']}" for size in chain.sizes)
         shown = "by rows to come" if minutes is None else f"{minutes:.0f}"

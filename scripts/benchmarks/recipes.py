@@ -19,7 +19,8 @@ ENCODER_OPTIONS = ("encoder", "encoder_options")
 TRAININGS = {"pretraining", "finetuning", "finetuning_by_labels"}
 SELF_TRAININGS = {"self_training", "self_training_by_labels"}
 KEYS = {
-    "config": {"reference_arm", "keep_models", "save_steps", "few_shot", "tiers", "arms", "quick"} | TRAININGS,
+    "config": {"reference_arm", "timed_updates", "keep_models", "save_steps", "few_shot", "tiers", "arms", "quick"}
+    | TRAININGS,
     "tier": {"threads", "device", "scores", "labels", "seconds_per_update"} | TRAININGS,
     "arm": {"like", "about", "pretrained", "peer", "whole_budget", "stages", "tiers"} | TRAININGS | SELF_TRAININGS,
     "arm in a tier": TRAININGS | SELF_TRAININGS,
@@ -152,6 +153,11 @@ def read_config(file: Path) -> dict:
         raise ValueError(f"few_shot: unknown {', '.join(unknown)}; expected {', '.join(sorted(of_few_shot))}")
     if config["reference_arm"] not in config["arms"]:
         raise ValueError(f"reference_arm: there is no arm {config['reference_arm']!r}")
+    match config["timed_updates"]:
+        case [int(fewer), int(more)] if 0 < fewer < more:
+            pass
+        case found:
+            raise ValueError(f"timed_updates: expected two numbers of updates, the second larger, found {found}")
     return config
 
 
