@@ -44,7 +44,10 @@ def test_a_process_is_measured_and_its_end_is_shown_when_it_fails(scripts, tmp_p
 def test_seconds_of_a_resumed_run_are_in_proportion_to_its_updates(scripts, tmp_path):
     checkpoint = tmp_path / "stage1/checkpoint-3"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    truncated = tmp_path / "stage1/checkpoint-6"  # as the run was killed while it wrote it
+    truncated.mkdir()
+    (truncated / "trainer_state.json").write_text('{"global_st')
     log = [{"step": step, "loss": 11.0 - step, "audio_hours": step / 10} for step in range(1, 11)]
 
     class Resumed:
@@ -83,7 +86,7 @@ def test_a_run_killed_after_its_last_update_is_made_anew(scripts, tmp_path, capl
             return {"wall_seconds": 14.0, "cpu_seconds": 7.0}
 
     (folder / "checkpoint-10").mkdir(parents=True)
-    (folder / "checkpoint-10/trainer_state.json").write_text("{}")
+    (folder / "checkpoint-10/trainer_state.json").write_text('{"global_step": 10}')
     took = scripts.processes.train(Resumed(), "pretrain.py", folder, [], 5, 0)
     assert Resumed.found == [True, False]
     assert (took["cpu_seconds"], took["resumed"]) == (7.0, False)

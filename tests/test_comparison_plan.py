@@ -239,6 +239,9 @@ def test_what_is_missing_or_goes_round_is_refused(scripts, tmp_path):
     tier = {key: value for key, value in config["tiers"]["T1"].items() if key != "scores"}
     with pytest.raises(ValueError, match="tiers.T1: missing scores"):
         read(config | {"tiers": {"T1": tier}})
+    for change in ({"device": "cdua"}, {"scores": ["per"]}):
+        with pytest.raises(ValueError, match="tiers.T1: expected device cpu or auto and scores of cer, wer, found"):
+            read(config | {"tiers": {"T1": config["tiers"]["T1"] | change}})
     with pytest.raises(ValueError, match="quick: missing phase, seeds"):
         read(config | {"quick": {"tier": "T1", "labels": [10], "arms": []}})
     with pytest.raises(ValueError, match="arms.x.like: it goes round in a circle, x, y, x"):

@@ -376,18 +376,26 @@ def finish_run(
         logger.info("published: %s", trainer.push_to_hub())
 
 
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The last complete checkpoint: one that was being written when the run was killed is passed over."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    checkpoints = [path for path in folders if path.name.rsplit("-", 1)[1].isdecimal() and _is_complete(path)]
+    return max(checkpoints, key=updates_at, default=None)
+
+
+def updates_at(checkpoint: Path) -> int:
+    """Updates done when it was written, by its name."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
 def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str | None:
     """The checkpoint folder to go on from, or None for a new run.
-
-    A checkpoint that was being written when the run was killed is passed over.
 
     Raises:
         FileNotFoundError: the checkpoint asked for is not there or not complete.
         FileExistsError: no resume was asked for, but the folder holds checkpoints of an earlier run.
     """
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    checkpoints = [path for path in folders if path.name.rsplit("-", 1)[1].isdecimal() and _is_complete(path)]
-    newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    newest = newest_checkpoint(output_dir)
     if resume_from_checkpoint == "last":
         logger.info(
             "no complete checkpoint in %s: a new run" if newest is None else "resuming from %s",

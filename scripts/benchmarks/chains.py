@@ -237,7 +237,7 @@ class Comparison:
             return accuracy
 
         with self.measuring[encoder]:  # once for all label sizes
-            return self._kept(chain, f"{encoder.name}.few_shot", measure)
+            return self._kept(chain, f"{encoder.name}.few_shot-{checksum(self.config['few_shot'])}", measure)
 
     def _train_recognizer(
         self,

@@ -17,6 +17,8 @@ import pyarrow
 import pyarrow.parquet
 from safetensors import safe_open
 
+from hf_speechcl.training.trainer import newest_checkpoint, updates_at
+
 logger = logging.getLogger(__name__)
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -157,7 +159,8 @@ def train(processes: Processes, script: str, folder: Path, argv: list[str], save
 
 
 def _train(processes, script, folder, argv, save_steps, keep_open) -> dict:
-    resumed_at = max((int(path.parent.name[11:]) for path in folder.glob("checkpoint-*/trainer_state.json")), default=0)
+    checkpoint = newest_checkpoint(folder)
+    resumed_at = 0 if checkpoint is None else updates_at(checkpoint)
     took = processes.run(
         script,
         [*argv, "--output_dir", str(folder), "--save_steps", str(save_steps), "--resume_from_checkpoint", "last"],

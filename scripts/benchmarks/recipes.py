@@ -29,6 +29,8 @@ KEYS = {
     "quick": {"tier", "seeds", "phase", "labels", "arms", "pretraining", "finetuning"},
 }
 
+DEVICES, SCORES = ("cpu", "auto"), ("cer", "wer")
+
 # Options that the comparison sets, so that the YAML may not.
 SET_HERE = {"corpus", "units", "probe_corpus", "model", "pseudo_labels", "load_best_model_at_end", "seed", "output_dir"}
 SET_HERE |= {"use_cpu", "save_steps", "eval_strategy", "disable_tqdm", "report_to", "resume_from_checkpoint"}
@@ -118,6 +120,11 @@ def read_config(file: Path) -> dict:
         _check(tier, "tier", f"tiers.{name}")
         if name not in TIERS or set(tier["labels"]) != set(PHASES):
             raise ValueError(f"tiers.{name}: expected one of {', '.join(TIERS)} with labels for {', '.join(PHASES)}")
+        if tier["device"] not in DEVICES or not set(tier["scores"]) <= set(SCORES):
+            raise ValueError(
+                f"tiers.{name}: expected device {' or '.join(DEVICES)} and scores of {', '.join(SCORES)}, found "
+                f"{tier['device']} and {', '.join(tier['scores'])}"
+            )
         sizes[name] = {str(size) for phase in tier["labels"].values() for size in phase}
         _check_by_labels(tier, f"tiers.{name}", sizes[name])
     every_size = set().union(*sizes.values())
