@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import field
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -79,11 +80,19 @@ def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     defaults = {action.dest: action.default for action in reversed(parser._actions)}
     if unknown := sorted(set(options) - set(defaults)):
         parser.error(f"--config {file}: unknown options: {', '.join(unknown)} (see --help)")
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+    are_lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     argv = []
     for name, value in options.items():
-        if value is not None and value != defaults[name]:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            argv += [f"--{name}", *map(str, values)]
+        if value is None:
+            if defaults[name] is not None and type(None) not in get_args(hints.get(name)):
+                parser.error(f"--config {file}: {name} is null, which is no value for it: leave it out")
+            parser.set_defaults(**{name: None})
+        elif value != defaults[name]:
+            if isinstance(value, dict):
+                pairs = [f"{key}={json.dumps(part)}" for key, part in value.items()]
+                value = pairs if name in are_lists else json.dumps(value)
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return argv
 
 

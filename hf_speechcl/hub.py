@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 from yaml import YAMLError
 
 from .cards import CARD, CURVES, error_rate_results, fill_results, rename_model, result_key
@@ -80,10 +81,12 @@ def find_model(name: str | Path) -> str:
             `starter`, the encoder that comes with the package.
 
     Raises:
+        ValueError: it is a checkpoint of training with adapters, which are not merged into its weights.
         FileNotFoundError: no such folder, repository or revision; or the Hub cannot be reached and it is not in the
             cache.
     """
     if Path(name).is_dir():
+        _refuse_adapters(Path(name))
         return str(name)
     if str(name) == STARTER.name:
         return str(STARTER)
@@ -114,6 +117,17 @@ def find_model(name: str | Path) -> str:
         raise FileNotFoundError(
             f"no folder {name} here, and the Hub does not know your token: log in with `hf auth login` again"
         ) from error
+
+
+def _refuse_adapters(folder: Path) -> None:
+    if not (folder / WEIGHTS).is_file():
+        return
+    with safe_open(folder / WEIGHTS, framework="np") as weights:
+        if any(".lora_A." in name for name in weights.keys()):
+            raise ValueError(
+                f"{folder} holds low-rank adapters that are not merged into its weights: it serves to go on with its "
+                "training; the folder of a finished run is an ordinary model"
+            )
 
 
 def _is_of_training(file: Path) -> bool:

@@ -134,7 +134,10 @@ def find_recordings(files: list[str]) -> dict[str, Path]:
     recordings: dict[str, Path] = {}
     for given in map(Path, files):
         if given.is_dir():
-            files_below = sorted(file for file in given.rglob("*") if file.is_file())
+            paths_below = sorted(given.rglob("*"))
+            for link in (path for path in paths_below if path.is_symlink() and not path.exists()):
+                logger.warning("skipped %s: a link to nothing", link.relative_to(given))
+            files_below = [path for path in paths_below if path.is_file()]
             found = [file for file in files_below if file.suffix.lower() in AUDIO_SUFFIXES]
             warn_of_unread(given, Counter(file.suffix.lower() for file in files_below))
             if not found:

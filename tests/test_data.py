@@ -73,7 +73,11 @@ def test_sub_folders_and_jsonl_metadata_make_splits(tmp_path, clips):
         ("test/a.wav", "test"),
         ("data/test/a.wav", "test"),
         ("clips/VAL/speaker/a.wav", "validation"),
-        ("dev_team/a.wav", "train"),
+        ("test_clean/a.wav", "test"),
+        ("test2/a.wav", "test"),
+        ("test recordings/a.wav", "test"),
+        ("testing_room/a.wav", "test"),
+        ("testimony/a.wav", "train"),
         ("LibriSpeech/dev-clean/84/a.flac", "validation"),
         ("test.other/a.wav", "test"),
         ("training-data/dev/a.wav", "validation"),
@@ -200,11 +204,19 @@ def test_audio_that_is_not_read_is_named(audio_folder, tmp_path, caplog):
     for name in ("a.m4a", "b.M4A", "notes.txt"):
         (audio_folder / name).write_bytes(b"x")
     (audio_folder / "linked").symlink_to(tmp_path)
+    (audio_folder / "moved.wav").symlink_to(tmp_path / "gone.wav")
     for suffix, format in (("sph", "NIST"), ("aifc", "AIFF")):
         soundfile.write(audio_folder / f"clip.{suffix}", np.ones(16000), 16000, format=format)
     assert len(load_corpus(str(audio_folder))) == 6
     assert f"skipped 2 × .m4a of {audio_folder.name}: convert them" in caplog.text
     assert "skipped linked: links to folders are not followed" in caplog.text
+    assert "skipped moved.wav: a link to nothing" in caplog.text
+
+
+def test_metadata_without_suffixes_are_told_what_is_there(audio_folder, caplog):
+    (audio_folder / "metadata.csv").write_text("file_name,text\nclip0,a\nCLIP1.WAV,b\nother.wav,c\nclip2.wav,d")
+    assert "d" in load_corpus(str(audio_folder), require_text=False)["text"][:]
+    assert "name 2 files that are not there where one of nearly that name is, as clip0 for clip0.wav" in caplog.text
 
 
 def test_a_name_that_is_not_utf8_is_skipped_and_logged(audio_folder, caplog):

@@ -346,6 +346,14 @@ def test_models_are_compared_on_the_same_clips_only(labelled_folder, model_folde
     }  # fmt: skip
     assert "WER minus that of random" in capsys.readouterr().out
     assert "Compared with random" in (tmp_path / "r").read_text()
+    with pytest.raises((SystemExit, ValueError)):
+        run(model_folder, labelled_folder, "--output_file", first, "--compare_with", first)
+    assert "is what compare_with reads: give another name" in capsys.readouterr().err
+    mine = tmp_path / "results.json"
+    mine.write_text('{"eval_wer": 0.1}')
+    with pytest.raises((SystemExit, FileExistsError)):
+        run(model_folder, labelled_folder, "--output_file", mine)
+    assert mine.read_text() == '{"eval_wer": 0.1}'
     with pytest.raises(ValueError, match="scored with text_normalization basic, this run is with none"):
         run(model_folder, labelled_folder, "--text_normalization", "none", "--compare_with", first)
     second.write_text('{"wer": 0.1, "transcripts": []}')
@@ -407,6 +415,7 @@ def test_scores_go_into_the_card_of_the_model_when_asked_for(labelled_folder, mo
         (["--device", "tpu9"], "device: 'tpu9' cannot be used"),
         (["--dtype", "int4"], "dtype must be one of float32, bfloat16, int8, found 'int4'"),
         (["--add_to_card", "True", "--model", "user/name"], "add_to_card: there is no README.md in a folder 'user/na"),
+        (["--output_file", "."], "output_file: . is a folder, expected the name of a file"),
         (["--restart", "True"], "restart: without output_file nothing is left"),
         (["--compare_with", "/no/such.json"], "compare_with: /no/such.json cannot be read"),
         (["--model", "/no/such"], "no folder /no/such here, and no Hub name"),

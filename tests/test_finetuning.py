@@ -18,6 +18,7 @@ from hf_speechcl import SpeechCLConfig, SpeechCLForCTC, SpeechCLForSequenceClass
 from hf_speechcl.ctc import build_processor
 from hf_speechcl.data import ClassificationCollator, CTCCollator
 from hf_speechcl.evaluation.classification import classification_rates
+from hf_speechcl.recognizer import SpeechRecognizer
 from hf_speechcl.training import ctc_trainer
 from hf_speechcl.training.ctc_trainer import BlankGuard, CTCTrainer, CTCTrainingArguments
 from hf_speechcl.training.finetune_classifier import ClassificationTrainer, ClassifierTrainingArguments
@@ -154,6 +155,8 @@ def test_lora_resumes_exactly_and_its_folder_transcribes(audio_folder, clips, tm
     finetune_ctc([*lora, "--output_dir", str(again), "--resume_from_checkpoint", "last"])
     first, second = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (whole, again))
     assert any("lora_A" in name for name in first)
+    with pytest.raises(ValueError, match="checkpoint-4 holds low-rank adapters that are not merged into its weights"):
+        SpeechRecognizer.from_pretrained(str(whole / "checkpoint-4"))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
     assert (whole / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()

@@ -7,6 +7,7 @@ from transformers import AutoModel, Wav2Vec2Config, Wav2Vec2ForPreTraining, Wav2
 
 from hf_speechcl import OBJECTIVES, Objective, ObjectiveOutput, SpeechCLConfig, SpeechCLForPreTraining, SpeechCLModel
 from hf_speechcl.modeling_speechcl import SpeechCLLogMel
+from hf_speechcl.objectives.base import first_is_best
 from hf_speechcl.objectives.best_rq import BestRQ
 from hf_speechcl.objectives.wav2vec2 import Wav2Vec2Contrastive
 from hf_speechcl.pretraining import build_objective
@@ -411,6 +412,24 @@ def test_objectives_work_on_a_wav2vec2_encoder(name, wav2vec2_config, clips):
     output.loss.backward()
     assert torch.isfinite(output.loss)
     assert output.num_items > 0
+
+
+@pytest.mark.parametrize("name", ["best_rq", "denoising", "masked_reconstruction"])
+def test_log_mel_targets_of_a_wav2vec2_encoder_do_not_depend_on_padding(name, wav2vec2_config, clips):
+    encoder = Wav2Vec2Model(wav2vec2_config).eval()
+    objective = build_objective(name, wav2vec2_config, SMALL_OBJECTIVES[name])
+    targets, frames = [], []
+    for batch in (make_plain_batch(encoder, clips[:1], objective), make_plain_batch(encoder, clips, objective)):
+        outputs = encoder(batch["input_values"], attention_mask=batch.get("attention_mask"))
+        targets.append(objective.targets(batch, outputs)[0])
+        frames.append(int(batch["frame_counts"][0]))
+    assert frames[0] == frames[1]
+    torch.testing.assert_close(targets[0][: frames[0]], targets[1][: frames[0]], rtol=1e-4, atol=1e-4)
+
+
+def test_equal_logits_are_at_chance():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [3.0, -torch.inf, 1.0]])
+    assert first_is_best(logits).tolist() == pytest.approx([1, 1 / 3, 1 / 2, 0, 1])
 
 
 def test_cpc_refuses_an_encoder_that_cannot_be_causal(wav2vec2_config, clips):

@@ -1,12 +1,14 @@
 """A killed run goes on where it was."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
@@ -61,6 +63,12 @@ def test_find_checkpoint(tmp_path):
         find_checkpoint(str(tmp_path), None)
     with pytest.raises(FileNotFoundError, match="not a complete checkpoint"):
         find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-9"))
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (finished / "model.safetensors").write_bytes(b"")
+    for wanted in (None, "last"):
+        with pytest.raises(FileExistsError, match="holds a model, and no checkpoint to go on from: give another"):
+            find_checkpoint(str(finished), wanted)
 
 
 def pretraining_command(output_dir, max_steps, *more):
@@ -97,6 +105,31 @@ def test_run_killed_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(tm
     assert "resuming from" in resumed.stderr
     whole, again = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "killed"))
     torch.testing.assert_close(again, whole, rtol=0, atol=0)
+
+
+def test_a_finished_run_makes_no_further_update_and_other_clips_are_refused(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        noise = 0.1 * torch.randn(16000, generator=generator)
+        soundfile.write(corpus / f"{number}.wav", noise.numpy(), 16000)
+    run = tmp_path / "run"
+    command = pretraining_command(run, 4, "--save_steps", 2, "--lr_scheduler_type", "constant", "--corpus", corpus)
+    command = [str(part) for part in command]
+    pretrain(command)
+    weights = load_file(run / "model.safetensors")
+    checkpoints = sorted(path.name for path in run.glob("checkpoint-*"))
+    pretrain([*command, "--resume_from_checkpoint", "last"])
+    torch.testing.assert_close(load_file(run / "model.safetensors"), weights, rtol=0, atol=0)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == checkpoints == ["checkpoint-2", "checkpoint-4"]
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 4
+
+    shutil.copy(corpus / "0.wav", corpus / "6.wav")
+    with pytest.raises(ValueError, match=r"was begun with other clips \(train 5 clips #\w+, now 6 clips #\w+; valid"):
+        pretrain([*command, "--resume_from_checkpoint", "last"])
+    (corpus / "6.wav").unlink()
+    pretrain([*command, "--resume_from_checkpoint", "last"])
 
 
 def test_run_with_batches_made_ahead_resumes_within_an_epoch_and_ends_with_the_same_weights(tmp_path, monkeypatch):

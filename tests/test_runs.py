@@ -67,7 +67,7 @@ def test_objective_learns_resumes_exactly_and_loads(name, tmp_path, request):
     )
 
 
-def test_labels_noise_corruption_and_accumulation_together(audio_folder, tmp_path, monkeypatch):
+def test_labels_noise_corruption_and_accumulation_together(audio_folder, tmp_path, monkeypatch, caplog):
     corrupted = []
     monkeypatch.setattr(
         "hf_speechcl.data.augment.Augmentation._noise",
@@ -77,6 +77,8 @@ def test_labels_noise_corruption_and_accumulation_together(audio_folder, tmp_pat
     speakers = [f"clip{number}.wav,{'ab'[number % 2]}" for number in range(4)]
     for folder in (audio_folder, audio_folder / "validation"):
         (folder / "metadata.csv").write_text("\n".join(["file_name,speaker", *speakers]))
+    for number in range(2):
+        shutil.copy(audio_folder / "clip0.wav", audio_folder / f"unlabelled{number}.wav")
     options = "--objectives prototypical=1 triplet=1 best_rq=1 denoising=1 --label_column speaker --clips_per_label 2 "
     options += (
         "--corrupt_input --corruptions noise=1 --view_augmentations gain=1 --max_seconds 3 --eval_strategy steps "
@@ -84,6 +86,7 @@ def test_labels_noise_corruption_and_accumulation_together(audio_folder, tmp_pat
     options += "--gradient_accumulation_steps 2 --max_steps 2 --eval_steps 1 --save_strategy no"
     sources = ["--corpus", str(audio_folder), "--noise_corpus", str(audio_folder)]
     pretrain([*RUN, *options.split(), *sources, "--output_dir", str(tmp_path / "run")])
+    assert "train: 2 of 6 clips have no label and are left out" in caplog.text
     assert corrupted
     assert all(noise is not None for noise in corrupted)
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]

@@ -282,6 +282,25 @@ def test_a_configuration_file_may_say_no_and_nothing(tmp_path):
     assert (data.pseudo_labels, data.corpus) == ([], ["no"])
 
 
+def test_null_in_a_configuration_file_is_none_and_mappings_are_assignments(tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "save_total_limit: null\nunits: null\nobjectives: {best_rq: 1.0}\nuse_cpu: true\n"
+        "objective_options: {best_rq.codebook_size: 64, best_rq.num_codebooks: 2}\n"
+    )
+    argv = ["--config", str(file), "--output_dir", str(tmp_path)]
+    types = [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments]
+    model, data, args = parse_arguments(types, "", argv)
+    assert (args.save_total_limit, data.units) == (None, None)
+    assert model.objectives == ["best_rq=1.0"]
+    assert parse_assignments(model.objective_options, "") == {"best_rq.codebook_size": 64, "best_rq.num_codebooks": 2}
+    assert parse_arguments(types, "", [*argv, "--save_total_limit", "3"])[2].save_total_limit == 3
+    file.write_text("mask_span: null\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(types, "", argv)
+    assert "mask_span is null, which is no value for it: leave it out" in capsys.readouterr().err
+
+
 def test_assignments_and_objectives():
     assert parse_assignments(["a=1", "b.c=0.5", "d=1e-3", "e=x", "f=true"], "field") == {
         "a": 1, "b.c": 0.5, "d": 0.001, "e": "x", "f": True,

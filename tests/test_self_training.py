@@ -176,7 +176,9 @@ def test_what_else_is_in_the_folder_is_not_touched(teacher, trained, audio, tmp_
         make(teacher, audio, folder, "--beam_width", "2")
     with pytest.raises(FileExistsError, match="dtype='float32', now 'int8'"):
         make(teacher, audio, folder, "--dtype", "int8")
-    make(shutil.copytree(teacher, tmp_path / "moved"), audio, folder)
+    rows = make(shutil.copytree(teacher, tmp_path / "moved"), audio, folder)
+    (folder / "train-00000-of-00001.parquet").unlink()
+    assert make(teacher, audio, folder) == rows
     (audio / "2.wav").unlink()
     with pytest.raises(FileExistsError, match="clips="):
         make(teacher, audio, folder)

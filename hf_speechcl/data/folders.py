@@ -82,8 +82,8 @@ def split_of(name: str) -> str:
     """The split of a file by its relative path.
 
     The first folder on the path that bears the name of a split decides, or else the first that begins with one, as in
-    `dev-clean`; a parquet file is also judged by the beginning of its own name, as in `test-00000-of-00002.parquet`.
-    What bears no such name is train.
+    `dev-clean` and `test_2`; a parquet file is also judged by the beginning of its own name, as in
+    `test-00000-of-00002.parquet`. What bears no such name is train.
     """
     return _named_split(name) or "train"
 
@@ -101,7 +101,7 @@ def _named_split(name: str) -> str | None:
 @lru_cache(maxsize=1024)
 def _split_of_parts(parts: str) -> str | None:
     parts = parts.split("/")
-    beginnings = [re.split(r"[-.]", part)[0] for part in parts]
+    beginnings = [re.split(r"[-._ \d]", part)[0] for part in parts]
     return next((SPLIT_OF_NAME[name] for name in parts + beginnings if name in SPLIT_OF_NAME), None)
 
 
@@ -176,6 +176,8 @@ def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, list[os.D
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
         elif entry.is_dir():
             logger.warning("skipped %s%s: links to folders are not followed", prefix, entry.name)
+        elif entry.is_symlink() and not entry.is_file():
+            logger.warning("skipped %s%s: a link to nothing", prefix, entry.name)
         elif entry.is_file() and not entry.name.startswith(INDEX_FILE):
             run.append(entry)
     yield prefix, run
@@ -234,6 +236,7 @@ def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], 
     more = _not_among(files, named)
     if len(more):
         others = _stat(files.folder, more.to_pylist())
+        _warn_of_near_names(files, [name for name, size in zip(more.to_pylist(), others.sizes) if size < 0])
         files = Files(
             files.folder,
             pyarrow.concat_arrays([files.names, others.names]),
@@ -243,6 +246,25 @@ def _with_metadata(files: Files, metadata: list[str], columns: tuple[str, ...], 
     places = pyarrow.compute.index_in(files.names, known)
     taken = {column: pyarrow.array(texts[::-1], pyarrow.string()).take(places) for column, texts in values.items()}
     return files, taken, splits
+
+
+def _warn_of_near_names(files: Files, missing: list[str]) -> None:
+    """Log names in the metadata that lack their suffix, or have another, or letters of another case."""
+    by_stem = {posixpath.splitext(name)[0].lower(): name for name in files.names.to_pylist()} if missing else {}
+    near = {}
+    for name in missing:
+        if found := by_stem.get(name.lower()) or by_stem.get(posixpath.splitext(name)[0].lower()):
+            near[name] = found
+    if near:
+        name, found = next(iter(near.items()))
+        logger.warning(
+            "metadata of %s name %d files that are not there where one of nearly that name is, as %s for %s: file_name "
+            "is the whole name",
+            files.folder.name,
+            len(near),
+            name,
+            found,
+        )
 
 
 def _not_among(files: Files, named: list[str]) -> pyarrow.Array:

@@ -8,8 +8,8 @@ def span_mask(num_frames: int, mask_prob: float, span: int, rng: np.random.Gener
 
     Args:
         num_frames: frames of the clip, T.
-        mask_prob: length of all spans together, as a share of the clip; overlaps make the masked share smaller,
-            about 1 - exp(-mask_prob).
+        mask_prob: length of all spans together, p, as a share of the clip; overlaps make the masked share smaller,
+            about 1 - (1 - p / span)^span: p for single frames, 1 - exp(-p) for long spans.
         span: frames in a span.
 
     Returns:

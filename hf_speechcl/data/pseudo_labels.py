@@ -94,6 +94,10 @@ class PseudoLabels:
     def is_complete(self) -> bool:
         return "clips" in self.description
 
+    def count_written(self) -> int:
+        """Clips in the parquet files that are there."""
+        return sum(pyarrow.parquet.read_metadata(file).num_rows for file in self.folder.glob("train-*.parquet"))
+
     def save_description(self) -> None:
         begun = self.folder / f"{DESCRIPTION}.begun"
         begun.write_text(json.dumps(self.description, indent=1, ensure_ascii=False), encoding="utf-8")

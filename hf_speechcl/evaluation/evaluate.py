@@ -72,6 +72,23 @@ class EvaluationArguments:
             raise ValueError(f"add_to_card: there is no README.md in a folder {self.model!r}, expected a model's card")
         if self.restart and self.output_file is None:
             raise ValueError("restart: without output_file nothing is left of an interrupted run: leave it out")
+        for name in ("output_file", "report_file"):
+            if (file := getattr(self, name)) and Path(file).is_dir():
+                raise ValueError(f"{name}: {file} is a folder, expected the name of a file")
+        if self.output_file and Path(self.output_file).is_file():
+            _check_overwritten(Path(self.output_file), self.compare_with)
+
+
+def _check_overwritten(file: Path, compare_with: str | None) -> None:
+    """Refuse to write over what is no file of this script, and over what is compared with."""
+    if compare_with and Path(compare_with).is_file() and file.samefile(compare_with):
+        raise ValueError(f"output_file: {file} is what compare_with reads: give another name")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "transcripts" not in found:
+        raise FileExistsError(f"output_file: {file} is not of an evaluation, and is left as it is: give another name")
 
 
 def run_identity(
@@ -238,8 +255,10 @@ def main(argv: list[str] | None = None) -> None:
         results["transcripts"] = transcripts
         print_results(results)
         if args.output_file:
-            text = json.dumps(results, indent=1, ensure_ascii=False)
-            Path(args.output_file).write_text(text, encoding="utf-8")
+            file = Path(args.output_file)
+            begun = file.with_name(f"{file.name}.begun")  # a full disk leaves what was there
+            begun.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+            begun.replace(file)
         if args.report_file:
             write_report(results, corpus, Path(args.report_file))
         if args.add_to_card:

@@ -94,6 +94,13 @@ def own_frames(frames: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Te
     return (frames * length_mask(batch["frame_counts"], frames.shape[1])[..., None]).flatten(0, 1)
 
 
+def first_is_best(logits: torch.Tensor) -> torch.Tensor:
+    """Whether the first of each row (M, N) is the largest, as 1 or 0 (M,); if k are, as 1 / k, so that rows of equal
+    logits are at chance."""
+    is_best = logits == logits.amax(-1, keepdim=True)
+    return is_best[:, 0] / is_best.sum(-1)
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse an option that is none of `choices`."""
     if value not in choices:

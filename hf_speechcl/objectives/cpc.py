@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .base import Objective, ObjectiveOutput, features_dim, in_float32
+from .base import Objective, ObjectiveOutput, features_dim, first_is_best, in_float32
 
 
 @in_float32
@@ -76,7 +76,7 @@ class CPC(Objective):
             now = (left > step).nonzero()[:, 0]
             logits = cpc_logits(predictor(contexts[now]), features, now + step, negatives[now + step])
             losses.append(-logits.log_softmax(-1)[:, 0].sum())
-            correct.append((logits.detach().argmax(-1) == 0).sum())
+            correct.append(first_is_best(logits.detach()).sum())
             counts.append(torch.tensor(len(now), device=now.device))
         counts = torch.stack(counts)
         return ObjectiveOutput(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .base import ObjectiveOutput, in_float32
+from .base import ObjectiveOutput, first_is_best, in_float32
 from .utterance import UtteranceObjective
 
 LOWEST_TEMPERATURE = 0.01  # that is learnt
@@ -86,7 +86,7 @@ class InfoNCE(UtteranceObjective):
         logits = nt_xent_logits(embeddings, labels, temperature)
         with torch.no_grad():
             metrics = {
-                "accuracy": (logits.argmax(-1) == 0).float().sum(),
+                "accuracy": first_is_best(logits).sum(),
                 "chance": (1 / logits.isfinite().sum(-1)).sum(),
                 "temperature": temperature.to(logits.device) * len(logits),
             }

@@ -76,4 +76,6 @@ class LogMelTargets(nn.Module):
         else:
             hop = self.log_mel.config.hop_length
             lengths = (-(-attention_mask.sum(-1) // hop)).clamp_max(log_mel.shape[1])
+            if not self.pads_ends:  # in a batch as alone, where the end is cut off
+                lengths = lengths.minimum(batch["frame_counts"] * self.mel_per_frame)
         return stack_frames(normalize_over_time(log_mel, lengths), num_frames, self.mel_per_frame)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..quantizers import GumbelVectorQuantizer, code_histogram, code_usage
-from .base import Objective, ObjectiveOutput, features_dim, in_float32, take_frames
+from .base import Objective, ObjectiveOutput, features_dim, first_is_best, in_float32, take_frames
 
 
 @in_float32
@@ -111,6 +111,11 @@ class Wav2Vec2Contrastive(Objective):
     def forward(self, encoder, batch):
         mask, masked = batch["mask_time_indices"], batch["masked_positions"]
         outputs = encoder(batch["input_values"], attention_mask=batch.get("attention_mask"), mask_time_indices=mask)
+        if "extract_features" not in outputs:
+            raise TypeError(
+                "wav2vec2 needs an encoder that gives extract_features, as SpeechCLModel and Wav2Vec2Model; found "
+                f"{type(encoder).__name__}"
+            )
         if "clean_values" in batch:
             clean_features = encoder(batch["clean_values"], attention_mask=batch.get("attention_mask")).extract_features
         else:
@@ -129,7 +134,7 @@ class Wav2Vec2Contrastive(Objective):
             metrics = {
                 "contrastive_loss": contrastive.detach(),
                 "diversity_loss": diversity.detach(),
-                "accuracy": (logits.argmax(-1) == 0).float().sum(),
+                "accuracy": first_is_best(logits).sum(),
                 "chance": (1 / logits.isfinite().sum(-1)).sum(),
                 "codes": code_histogram(codes, self.quantizer.codebook_size),
             }

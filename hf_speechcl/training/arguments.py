@@ -51,7 +51,9 @@ class ClipArguments:
 class PretrainingDataArguments(ClipArguments, CorpusArguments):
     max_clips_per_batch: int | None = option(None, "Clips in a batch on one device, beside the limit in seconds.")
     mask_prob: float = option(0.65, "Length of all masked spans together, as a share of the clip; spans may overlap.")
-    mask_span: float = option(0.2, "Length of a masked span in seconds.")
+    mask_span: float = option(
+        0.2, "Length of a masked span in seconds. Longer spans overlap more, so that they mask less for one mask_prob."
+    )
     view_seconds: float = option(
         3.0, "Longest view, for objectives that compare clips; a view is 0.6 to 1 of a clip or of this."
     )

@@ -160,10 +160,12 @@ def keep_known(corpus: datasets.Dataset, names: list[str], split: str) -> datase
             listed,
         )
     if sum(unknown.values()) == len(labels):
-        raise ValueError(
-            f"no clip of {split} has a label among the {len(names)} to tell apart: if its classes are others by "
-            "design, hold out training clips with --validation_split none"
+        remedy = (
+            "the model is a classifier of these: for others give the encoder that it was made from"
+            if split == "train"
+            else "if its classes are others by design, hold out training clips with --validation_split none"
         )
+        raise ValueError(f"no clip of {split} has a label among the {len(names)} to tell apart: {remedy}")
     return corpus.select([row for row, label in enumerate(labels) if label in known])
 
 

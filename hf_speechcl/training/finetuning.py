@@ -68,7 +68,9 @@ class RegularizationArguments:
         0.04,
         "Up to so many seconds are put before a clip, so that frames do not always begin where clips do; 0 for none.",
     )
-    mask_time_prob: float = option(0.3, "Length of all masked time spans together, as a share of the clip; 0 for none.")
+    mask_time_prob: float = option(
+        0.3, "Length of all masked time spans together, as a share of the clip, of one span at least; 0 for none."
+    )
     mask_time_span: float = option(0.2, "Length of a masked time span in seconds.")
     num_feature_masks: int = option(2, "Bands of mel bins that are masked in a clip; 0 for none.")
     mask_feature_span: int = option(20, "Greatest width of a masked band, in mel bins.")

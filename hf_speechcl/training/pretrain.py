@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
 from ..cards import (
@@ -255,6 +256,22 @@ def check_best_metric(metric: str | None, probe: tuple[PhoneProbe, HiddenStates]
         raise ValueError(f"metric_for_best_model={wanted}: the probe measures {', '.join(measured) or 'nothing'}")
 
 
+def keep_labelled(corpus: Dataset, split: str) -> Dataset:
+    """The clips with a label: one without would be a class of its own, drawn as often as a class of many clips.
+
+    Raises:
+        ValueError: there are none.
+    """
+    labelled = [row for row, label in enumerate(corpus["label"]) if label]
+    if not labelled:
+        raise ValueError(f"no clip of {split} has a label in label_column: leave it out, or name another column")
+    if len(labelled) < len(corpus):
+        logger.warning(
+            "%s: %d of %d clips have no label and are left out", split, len(corpus) - len(labelled), len(corpus)
+        )
+    return corpus.select(labelled)
+
+
 def build_trainer(
     model_args: PretrainingModelArguments,
     data_args: PretrainingDataArguments,
@@ -286,6 +303,8 @@ def build_trainer(
             audio_column=data_args.audio_column,
             label_column=data_args.label_column,
         )
+    if data_args.label_column is not None:
+        train, validation = keep_labelled(train, "train"), keep_labelled(validation, "validation")
     datasets = {
         split: SpeechDataset(corpus, config.sampling_rate, args.seed, data_args.max_seconds, data_args.min_seconds)
         for split, corpus in {"train": train, "validation": validation}.items()

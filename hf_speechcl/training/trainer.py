@@ -1,5 +1,6 @@
 """transformers' Trainer with batches by duration and a loss that is exact over micro-batches and ranks."""
 
+import hashlib
 import itertools
 import json
 import logging
@@ -20,15 +21,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from ..cards import CURVES, plot_curves
 from ..data.batching import DurationBatchSampler
 from ..data.collators import float_waveforms
+from ..data.columns import column_of
 from ..data.dataset import SpeechDataset
 from ..data.folders import source_name, without_folders
-from ..hub import prepare_repository, publish
+from ..hub import WEIGHTS, WEIGHTS_INDEX, prepare_repository, publish
 from ..objectives import ObjectiveOutput
 
 logger = logging.getLogger(__name__)
 
 
 OPTIONS = "options.json"
+CLIPS = "clips"  # in it: which a run learns and validates
 
 # Training arguments that a run is not gone on with under other values: what differs would be passed over in silence.
 KEPT = (
@@ -157,7 +160,17 @@ class SpeechTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.is_resumed = bool(resume_from_checkpoint)
+        datasets = {"train": self.train_dataset, "validation": self.eval_dataset}
+        keep_clips(self.args, resume_from_checkpoint, {split: describe_clips(own) for split, own in datasets.items()})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        """Go through the clips once; a run that goes on from its last update makes no more."""
+        if self.state.global_step >= self.state.max_steps:
+            logger.info("all %d updates are made already", self.state.max_steps)
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset, self.data_collator, shuffle=True)
@@ -393,9 +406,14 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
 
     Raises:
         FileNotFoundError: the checkpoint asked for is not there or not complete.
-        FileExistsError: no resume was asked for, but the folder holds checkpoints of an earlier run.
+        FileExistsError: no resume was asked for, but the folder holds checkpoints of an earlier run; or a model, and no
+            checkpoint.
     """
     newest = newest_checkpoint(output_dir)
+    if newest is None and any((Path(output_dir) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        raise FileExistsError(
+            f"{output_dir} holds a model, and no checkpoint to go on from: give another --output_dir, or delete it"
+        )
     if resume_from_checkpoint == "last":
         logger.info(
             "no complete checkpoint in %s: a new run" if newest is None else "resuming from %s",
@@ -434,8 +452,8 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     current |= {name: getattr(args, name) for name in KEPT if hasattr(args, name)}
     current = {name: without_folders(value) for name, value in current.items()}
     file = Path(args.output_dir) / OPTIONS
-    if checkpoint is not None and (earlier := Path(os.path.abspath(checkpoint)).parent / OPTIONS).is_file():
-        begun = json.loads(earlier.read_text(encoding="utf-8"))
+    earlier, begun = _begun_with(checkpoint)
+    if begun:
         changed = [
             f"{name}={begun[name]!r}, now {value!r}"
             for name, value in current.items()
@@ -443,13 +461,52 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
         ]
         if changed:
             raise ValueError(
-                f"{earlier.parent} was begun with {'; '.join(changed)}: give the same options to go on with it"
+                f"{earlier} was begun with {'; '.join(changed)}: give the same options to go on with it"
+                + ("; what has a # is an absolute path" if any("#" in change for change in changed) else "")
             )
+        current |= {name: begun[name] for name in (CLIPS,) if name in begun}
     if args.process_index == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        begun = file.with_suffix(".begun")  # other processes may be reading what is there
-        begun.write_text(json.dumps(current, indent=1), encoding="utf-8")
-        begun.replace(file)
+        _write_options(file, current)
+
+
+def describe_clips(dataset: SpeechDataset) -> str:
+    """What tells the clips of a data set, and their order, from others."""
+    digest = hashlib.sha256("\n".join(column_of(dataset.corpus, "id").to_pylist()).encode())
+    digest.update((100 * dataset.durations).round().astype(int).tobytes())
+    return f"{len(dataset)} clips #{digest.hexdigest()[:12]}"
+
+
+def keep_clips(args, checkpoint: str | None, clips: dict[str, str]) -> None:
+    """Write beside the options of a run which clips it learns and validates; refuse to go on with others.
+
+    Raises:
+        ValueError: the run was begun with other clips.
+    """
+    earlier, begun = _begun_with(checkpoint)
+    changed = [f"{split} {begun[CLIPS][split]}, now {found}" for split, found in clips.items() if CLIPS in begun]
+    if changed and begun[CLIPS] != clips:
+        raise ValueError(
+            f"{earlier} was begun with other clips ({'; '.join(changed)}): give it the corpus as it was, or begin anew "
+            "in another --output_dir"
+        )
+    file = Path(args.output_dir) / OPTIONS
+    if args.process_index == 0:
+        _write_options(file, {**(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}), CLIPS: clips})
+
+
+def _begun_with(checkpoint: str | None) -> tuple[Path | None, dict]:
+    """The folder of the run that a checkpoint is of, and what its file of options says."""
+    if checkpoint is None:
+        return None, {}
+    folder = Path(os.path.abspath(checkpoint)).parent
+    return folder, json.loads((folder / OPTIONS).read_text(encoding="utf-8")) if (folder / OPTIONS).is_file() else {}
+
+
+def _write_options(file: Path, options: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    begun = file.with_suffix(".begun")  # other processes may be reading what is there
+    begun.write_text(json.dumps(options, indent=1), encoding="utf-8")
+    begun.replace(file)
 
 
 def _is_complete(checkpoint: Path) -> bool:

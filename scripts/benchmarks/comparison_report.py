@@ -56,6 +56,10 @@ class Cell:
         judged = [row for row in self.rows if not json.loads(row["options"]).get("self_training")]
         return all(has_converged(row["loss_before"], row["loss_last"]) for row in judged)
 
+    def of_seeds(self, seeds: Iterable[int]) -> "Cell":
+        seeds = set(seeds)
+        return Cell([row for row in self.rows if row["seed"] in seeds], self.score)
+
     def counts(self, seeds: Iterable[int] | None = None) -> np.ndarray:
         """Errors and lengths of every clip (N, 2), the errors as means over seeds."""
         rows = [row for row in self.rows if seeds is None or row["seed"] in set(seeds)]
@@ -222,15 +226,18 @@ def describe_runs(cells: Cells) -> str:
 
 
 def needed_table(cells: Cells, config: dict) -> list[str]:
-    """Minutes of labels that scratch needs to match each arm at its smallest size."""
+    """Minutes of labels that scratch needs, over the seeds that both have, to match each arm at its smallest size."""
     if len(cells.get("scratch", {})) < 2:
         return []
-    curve = [(cell.minutes, cell.mean) for cell in cells["scratch"].values()]
     mark = "" if all(cell.has_converged for cell in cells["scratch"].values()) else " †"
     lines = [f"| arm | its labels | scratch{mark} needs | times |", "|---|---|---|---|"]
     for arm, own in cells.items():
         if arm not in baselines(config):
             cell = min(own.values(), key=lambda cell: cell.minutes)
+            same = [scratch.of_seeds(row["seed"] for row in cell.rows) for scratch in cells["scratch"].values()]
+            curve = [(scratch.minutes, scratch.mean) for scratch in same if scratch.rows]
+            if len(curve) < 2:
+                continue
             sign, minutes = minutes_needed(curve, cell.mean)
             sign = "" if sign == "=" else f"{sign} "
             lines.append(
