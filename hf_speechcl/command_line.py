@@ -92,7 +92,8 @@ def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
             if isinstance(value, dict):
                 pairs = [f"{key}={json.dumps(part)}" for key, part in value.items()]
                 value = pairs if name in are_lists else json.dumps(value)
-            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            if value != defaults[name]:
+                argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return argv
 
 

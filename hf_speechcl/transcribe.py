@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .command_line import option, parse_arguments
 from .data.audio import AudioError
-from .data.folders import AUDIO_SUFFIXES, is_unicode, warn_of_unread
+from .data.folders import AUDIO_SUFFIXES, is_unicode, warn_of_dead_links, warn_of_unread
 from .decoding import DecodingArguments, Transcript, Word, join_transcripts
 from .recognizer import ComputingArguments, SpeechRecognizer
 from .recordings import RecordingArguments
@@ -135,8 +135,8 @@ def find_recordings(files: list[str]) -> dict[str, Path]:
     for given in map(Path, files):
         if given.is_dir():
             paths_below = sorted(given.rglob("*"))
-            for link in (path for path in paths_below if path.is_symlink() and not path.exists()):
-                logger.warning("skipped %s: a link to nothing", link.relative_to(given))
+            dead = [path for path in paths_below if path.is_symlink() and not path.exists()]
+            warn_of_dead_links(given, [link.relative_to(given).as_posix() for link in dead])
             files_below = [path for path in paths_below if path.is_file()]
             found = [file for file in files_below if file.suffix.lower() in AUDIO_SUFFIXES]
             warn_of_unread(given, Counter(file.suffix.lower() for file in files_below))

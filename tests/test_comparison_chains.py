@@ -85,6 +85,11 @@ def test_a_run_killed_after_its_last_update_is_made_anew(scripts, tmp_path, capl
             (folder / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": []}))
             return {"wall_seconds": 14.0, "cpu_seconds": 7.0}
 
+    folder.mkdir()  # of a run killed between its end and its note
+    (folder / "model.safetensors").write_bytes(b"")
+    scripts.processes.train(Resumed(), "pretrain.py", folder, [], 5, 0)
+    assert Resumed.found.pop() is False
+    scripts.processes.beside(folder, ".json").unlink()
     (folder / "checkpoint-10").mkdir(parents=True)
     (folder / "checkpoint-10/trainer_state.json").write_text('{"global_step": 10}')
     took = scripts.processes.train(Resumed(), "pretrain.py", folder, [], 5, 0)

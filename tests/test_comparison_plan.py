@@ -253,6 +253,9 @@ def test_what_is_missing_or_goes_round_is_refused(scripts, tmp_path):
         read(config | {"arms": {"x": None}})
     with pytest.raises(ValueError, match="few_shot: unknown n_wya; expected"):
         read(config | {"few_shot": {"n_wya": 5}})
+    for name in ("scratch", "transformers_wav2vec2", "scratch_self_trained"):
+        with pytest.raises(ValueError, match=f"reference_arm: expected a pre-training of this package, found {name}"):
+            read(config | {"reference_arm": name})
     for found in (50, [50], [50, 50], [0, 50], [50, 1.5]):
         with pytest.raises(ValueError, match="timed_updates: expected two numbers of updates"):
             read(config | {"timed_updates": found})

@@ -67,7 +67,9 @@ def test_find_checkpoint(tmp_path):
     finished.mkdir()
     (finished / "model.safetensors").write_bytes(b"")
     for wanted in (None, "last"):
-        with pytest.raises(FileExistsError, match="holds a model, and no checkpoint to go on from: give another"):
+        with pytest.raises(
+            FileExistsError, match="holds the model of a finished run without checkpoints: give another"
+        ):
             find_checkpoint(str(finished), wanted)
 
 
@@ -126,7 +128,7 @@ def test_a_finished_run_makes_no_further_update_and_other_clips_are_refused(tmp_
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 4
 
     shutil.copy(corpus / "0.wav", corpus / "6.wav")
-    with pytest.raises(ValueError, match=r"was begun with other clips \(train 5 clips #\w+, now 6 clips #\w+; valid"):
+    with pytest.raises(ValueError, match=r"was begun with other clips \(train 5 clips #\w+, now 6 clips #\w+\)"):
         pretrain([*command, "--resume_from_checkpoint", "last"])
     (corpus / "6.wav").unlink()
     pretrain([*command, "--resume_from_checkpoint", "last"])

@@ -295,7 +295,7 @@ def test_null_in_a_configuration_file_is_none_and_mappings_are_assignments(tmp_p
     assert model.objectives == ["best_rq=1.0"]
     assert parse_assignments(model.objective_options, "") == {"best_rq.codebook_size": 64, "best_rq.num_codebooks": 2}
     assert parse_arguments(types, "", [*argv, "--save_total_limit", "3"])[2].save_total_limit == 3
-    file.write_text("mask_span: null\n")
+    file.write_text("objective_options: {}\nmask_span: null\n")
     with pytest.raises(SystemExit):
         parse_arguments(types, "", argv)
     assert "mask_span is null, which is no value for it: leave it out" in capsys.readouterr().err

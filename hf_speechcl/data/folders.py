@@ -126,12 +126,14 @@ def list_files(
     """
     if path.is_file():
         return _stat(path.parent, [path.name]), None, {}
-    names, sizes, modified, parquet, metadata, suffixes = [], [], [], [], [], Counter()
+    names, sizes, modified, parquet, metadata, dead, suffixes = [], [], [], [], [], [], Counter()
     for prefix, entries in _walk(path):
         for entry in entries:
             dot = entry.name.rfind(".")
             suffix = entry.name[dot:].lower() if dot > 0 else ""
-            if suffix in AUDIO_SUFFIXES:
+            if entry.is_symlink() and not entry.is_file():
+                dead.append(prefix + entry.name)
+            elif suffix in AUDIO_SUFFIXES:
                 state = entry.stat()
                 names.append(prefix + entry.name)
                 sizes.append(state.st_size)
@@ -142,6 +144,7 @@ def list_files(
                 suffixes[suffix or entry.name] += 1
                 if entry.name in METADATA_FILES:
                     metadata.append(prefix + entry.name)
+    warn_of_dead_links(path, dead)
     if parquet and not names:
         return _stat(path, parquet), None, {}
     if parquet:
@@ -163,7 +166,8 @@ def list_files(
 
 
 def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, list[os.DirEntry]]]:
-    """All files below a folder, sorted, in runs of the same folder; links to folders are named and not followed."""
+    """All files below a folder, links to nothing too, sorted, in runs of the same folder; links to folders are named
+    and not followed."""
     with os.scandir(folder) as entries:
         entries = sorted(entries, key=attrgetter("name"))
     run = []
@@ -176,9 +180,7 @@ def _walk(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, list[os.D
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
         elif entry.is_dir():
             logger.warning("skipped %s%s: links to folders are not followed", prefix, entry.name)
-        elif entry.is_symlink() and not entry.is_file():
-            logger.warning("skipped %s%s: a link to nothing", prefix, entry.name)
-        elif entry.is_file() and not entry.name.startswith(INDEX_FILE):
+        elif (entry.is_symlink() or entry.is_file()) and not entry.name.startswith(INDEX_FILE):
             run.append(entry)
     yield prefix, run
 
@@ -196,6 +198,13 @@ def warn_of_unread(folder: Path, suffixes: Counter) -> None:
     """Log how many files of a folder are audio of kinds that are not read, given all its other suffixes."""
     for suffix in sorted(UNREAD_SUFFIXES & set(suffixes)):
         logger.warning("skipped %d × %s of %s: convert them to WAV or FLAC", suffixes[suffix], suffix, folder.name)
+
+
+def warn_of_dead_links(folder: Path, links: list[str]) -> None:
+    """Log how many audio and parquet files of a folder are links to nothing."""
+    dead = [link for link in links if posixpath.splitext(link)[1].lower() in (*AUDIO_SUFFIXES, ".parquet")]
+    if dead:
+        logger.warning("skipped %d links to nothing in %s, such as %s", len(dead), folder.name, dead[0])
 
 
 def _stat(folder: Path, names: list[str]) -> Files:

@@ -54,7 +54,7 @@ class PseudoLabels:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: not all of it was written.
+            ValueError: not all of it was written, or is there.
         """
         file = Path(folder) / DESCRIPTION
         if not file.is_file():
@@ -62,6 +62,11 @@ class PseudoLabels:
         found = cls(Path(folder), json.loads(file.read_text(encoding="utf-8")))
         if not found.is_complete:
             raise ValueError(f"{folder} is not finished: run scripts/make_pseudo_labels.py with the same options again")
+        if found.num_missing:
+            raise ValueError(
+                f"{folder} lacks {found.num_missing} of its {found.description['clips']} clips: run "
+                "scripts/make_pseudo_labels.py with the same options again"
+            )
         return found
 
     @classmethod
@@ -94,9 +99,11 @@ class PseudoLabels:
     def is_complete(self) -> bool:
         return "clips" in self.description
 
-    def count_written(self) -> int:
-        """Clips in the parquet files that are there."""
-        return sum(pyarrow.parquet.read_metadata(file).num_rows for file in self.folder.glob("train-*.parquet"))
+    @property
+    def num_missing(self) -> int:
+        """Clips that were written and are not there any more."""
+        files = self.folder.glob("train-*.parquet")
+        return max(0, self.description["clips"] - sum(pyarrow.parquet.read_metadata(file).num_rows for file in files))
 
     def save_description(self) -> None:
         begun = self.folder / f"{DESCRIPTION}.begun"

@@ -84,11 +84,11 @@ def _check_overwritten(file: Path, compare_with: str | None) -> None:
     if compare_with and Path(compare_with).is_file() and file.samefile(compare_with):
         raise ValueError(f"output_file: {file} is what compare_with reads: give another name")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8") or '{"transcripts": []}')
     except ValueError:
         found = None
     if not isinstance(found, dict) or "transcripts" not in found:
-        raise FileExistsError(f"output_file: {file} is not of an evaluation, and is left as it is: give another name")
+        raise ValueError(f"output_file: {file} is not of an evaluation, and is left as it is: give another name")
 
 
 def run_identity(
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         results["transcripts"] = transcripts
         print_results(results)
         if args.output_file:
-            file = Path(args.output_file)
+            file = Path(args.output_file).resolve()
             begun = file.with_name(f"{file.name}.begun")  # a full disk leaves what was there
             begun.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
             begun.replace(file)

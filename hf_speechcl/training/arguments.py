@@ -70,7 +70,9 @@ class PretrainingDataArguments(ClipArguments, CorpusArguments):
     noise_corpus: list[str] = option([], "Sources of noise (as corpus, split train); without, noise is synthetic.")
     snr_db: list[float] = option([5.0, 20.0], "Lowest and highest signal-to-noise ratio of added noise.")
     label_column: str | None = option(
-        None, "Column with the class of every clip (speaker, keyword, language), for objectives that compare clips."
+        None,
+        "Column with the class of every clip (speaker, keyword, language), for objectives that compare clips; clips "
+        "without one are left out, of other objectives too.",
     )
     clips_per_label: int = option(4, "Clips of each label in a batch, with label_column.")
     units: str | None = option(None, "Folder of units, made by scripts/make_units.py, for the objective hubert.")

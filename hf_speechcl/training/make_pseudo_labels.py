@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     with state.main_process_first():
         labels = PseudoLabels.open(folder, description)
-    if labels.is_complete and labels.count_written() == labels.description["clips"]:
+    if labels.is_complete and not labels.num_missing:
         remove_partial_transcripts(folder / "texts")  # of a run killed between its end and this
         logger.info("%s holds these texts already", source_name(args.output_dir))
         return

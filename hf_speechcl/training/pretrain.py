@@ -24,6 +24,7 @@ from ..command_line import parse_arguments, parse_assignments
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data import PretrainingCollator, SpeechDataset
 from ..data.augment import Augmentation, check_probabilities, keeps_time
+from ..data.columns import column_of
 from ..data.corpora import load_corpus, load_train_and_validation
 from ..data.folders import source_name
 from ..data.units import Units
@@ -258,11 +259,14 @@ def check_best_metric(metric: str | None, probe: tuple[PhoneProbe, HiddenStates]
 
 def keep_labelled(corpus: Dataset, split: str) -> Dataset:
     """The clips with a label: one without would be a class of its own, drawn as often as a class of many clips.
+    Validation without any stays as it is.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no clip of train has one.
     """
-    labelled = [row for row, label in enumerate(corpus["label"]) if label]
+    labelled = [row for row, label in enumerate(column_of(corpus, "label").to_pylist()) if label]
+    if len(labelled) == len(corpus) or (not labelled and split != "train"):
+        return corpus
     if not labelled:
         raise ValueError(f"no clip of {split} has a label in label_column: leave it out, or name another column")
     if len(labelled) < len(corpus):

@@ -160,8 +160,11 @@ class SpeechTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.is_resumed = bool(resume_from_checkpoint)
+        checkpoint = (
+            newest_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
         datasets = {"train": self.train_dataset, "validation": self.eval_dataset}
-        keep_clips(self.args, resume_from_checkpoint, {split: describe_clips(own) for split, own in datasets.items()})
+        keep_clips(self.args, checkpoint or None, {split: describe_clips(own) for split, own in datasets.items()})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
@@ -406,13 +409,15 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
 
     Raises:
         FileNotFoundError: the checkpoint asked for is not there or not complete.
-        FileExistsError: no resume was asked for, but the folder holds checkpoints of an earlier run; or a model, and no
-            checkpoint.
+        FileExistsError: no resume was asked for, but the folder holds checkpoints of an earlier run; or it holds a
+            model and no checkpoint.
     """
     newest = newest_checkpoint(output_dir)
-    if newest is None and any((Path(output_dir) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+    is_finished = any((Path(output_dir) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+    if newest is None and is_finished and resume_from_checkpoint in (None, "last"):
         raise FileExistsError(
-            f"{output_dir} holds a model, and no checkpoint to go on from: give another --output_dir, or delete it"
+            f"{output_dir} holds the model of a finished run without checkpoints: give another --output_dir, or delete "
+            "that folder"
         )
     if resume_from_checkpoint == "last":
         logger.info(
@@ -464,7 +469,8 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
                 f"{earlier} was begun with {'; '.join(changed)}: give the same options to go on with it"
                 + ("; what has a # is an absolute path" if any("#" in change for change in changed) else "")
             )
-        current |= {name: begun[name] for name in (CLIPS,) if name in begun}
+        if CLIPS in begun:
+            current[CLIPS] = begun[CLIPS]
     if args.process_index == 0:
         _write_options(file, current)
 
@@ -476,15 +482,16 @@ def describe_clips(dataset: SpeechDataset) -> str:
     return f"{len(dataset)} clips #{digest.hexdigest()[:12]}"
 
 
-def keep_clips(args, checkpoint: str | None, clips: dict[str, str]) -> None:
+def keep_clips(args, checkpoint: str | Path | None, clips: dict[str, str]) -> None:
     """Write beside the options of a run which clips it learns and validates; refuse to go on with others.
 
     Raises:
         ValueError: the run was begun with other clips.
     """
     earlier, begun = _begun_with(checkpoint)
-    changed = [f"{split} {begun[CLIPS][split]}, now {found}" for split, found in clips.items() if CLIPS in begun]
-    if changed and begun[CLIPS] != clips:
+    before = begun.get(CLIPS, clips)
+    changed = [f"{split} {before[split]}, now {found}" for split, found in clips.items() if before[split] != found]
+    if changed:
         raise ValueError(
             f"{earlier} was begun with other clips ({'; '.join(changed)}): give it the corpus as it was, or begin anew "
             "in another --output_dir"
@@ -494,7 +501,7 @@ def keep_clips(args, checkpoint: str | None, clips: dict[str, str]) -> None:
         _write_options(file, {**(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}), CLIPS: clips})
 
 
-def _begun_with(checkpoint: str | None) -> tuple[Path | None, dict]:
+def _begun_with(checkpoint: str | Path | None) -> tuple[Path | None, dict]:
     """The folder of the run that a checkpoint is of, and what its file of options says."""
     if checkpoint is None:
         return None, {}

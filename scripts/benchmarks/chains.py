@@ -183,7 +183,10 @@ class Comparison:
         recipe, encoder, took = chain.recipe, None, dict(NOTHING)
         data = self.data[recipe.tier]
         script = (PEER, "pretrain") if recipe.is_peer else ("pretrain.py",)
-        scale = 1.0 if chain.reference is None else self._kept(chain, "scale", partial(self._scale, chain, lock))
+        scale = 1.0
+        if chain.reference is not None:
+            name = "scale-{}-{}".format(*self.config["timed_updates"])
+            scale = self._kept(chain, name, partial(self._scale, chain, lock))
         for number, stage in enumerate(recipe.stages, start=1):
             options = {**stage["pretraining"], "corpus": data.near if "near" in stage else data.unlabelled}
             if not recipe.is_peer:
@@ -351,22 +354,29 @@ class Comparison:
 
     def _scale(self, chain: Chain, lock: int) -> float:
         """Updates of an arm in the time of one of the reference arm. Both do two short runs of their first stage in
-        turns, as machines and days differ; what the longer one takes more is the time of its further updates."""
-        folder, own_data = chain.folder / "timing", self.data[chain.recipe.tier]
+        turns, as machines and days differ, on the half hour of the probe, which the shorter one hears whole: what the
+        longer one takes more is the time of its further updates, on clips that are decoded, as in a long run.
+
+        Raises:
+            RunError: something else was at work, so that the longer run was not the longer one.
+        """
+        folder, corpus = chain.folder / "timing", [self.data[chain.recipe.tier].probe]
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run, whose turns were not in one go
         seconds: dict[str, list[float]] = {}
         for updates in self.config["timed_updates"]:
             for recipe in (chain.reference, chain.recipe):
                 stage, place = recipe.stages[0], folder / recipe.arm
                 place.mkdir(parents=True, exist_ok=True)
-                options = {**stage["pretraining"], "corpus": own_data.unlabelled, "max_steps": updates}
+                options = {**stage["pretraining"], "corpus": corpus, "max_steps": updates}
                 if stage["units"] is not None:
                     options["units"] = str(place / "units")
-                    self._make_units(chain, stage["units"], options["corpus"], None, place / "units", lock)
+                    self._make_units(chain, stage["units"], corpus, None, place / "units", lock)
                 took = self._train(chain, ("pretrain.py",), place / str(updates), options, lock)
                 seconds.setdefault(recipe.arm, []).append(took[f"{clock_of(self._tier(chain))}_seconds"])
         shutil.rmtree(folder)
         reference, own = (seconds[arm][1] - seconds[arm][0] for arm in (chain.reference.arm, chain.recipe.arm))
+        if min(reference, own) <= 0:
+            raise RunError(f"updates were timed, and more of them took less time ({seconds} s): run it again")
         return reference / own
 
     def _whole_budget(self, chain: Chain, size: str) -> int:

@@ -56,8 +56,11 @@ class Cell:
         judged = [row for row in self.rows if not json.loads(row["options"]).get("self_training")]
         return all(has_converged(row["loss_before"], row["loss_last"]) for row in judged)
 
-    def of_seeds(self, seeds: Iterable[int]) -> "Cell":
-        seeds = set(seeds)
+    @property
+    def seeds(self) -> set[int]:
+        return {row["seed"] for row in self.rows}
+
+    def of_seeds(self, seeds: set[int]) -> "Cell":
         return Cell([row for row in self.rows if row["seed"] in seeds], self.score)
 
     def counts(self, seeds: Iterable[int] | None = None) -> np.ndarray:
@@ -234,11 +237,12 @@ def needed_table(cells: Cells, config: dict) -> list[str]:
     for arm, own in cells.items():
         if arm not in baselines(config):
             cell = min(own.values(), key=lambda cell: cell.minutes)
-            same = [scratch.of_seeds(row["seed"] for row in cell.rows) for scratch in cells["scratch"].values()]
-            curve = [(scratch.minutes, scratch.mean) for scratch in same if scratch.rows]
-            if len(curve) < 2:
+            seeds = set.intersection(*(each.seeds for each in [cell, *cells["scratch"].values()]))
+            if not seeds:
                 continue
-            sign, minutes = minutes_needed(curve, cell.mean)
+            same = [scratch.of_seeds(seeds) for scratch in cells["scratch"].values()]
+            curve = [(scratch.minutes, scratch.mean) for scratch in same]
+            sign, minutes = minutes_needed(curve, cell.of_seeds(seeds).mean)
             sign = "" if sign == "=" else f"{sign} "
             lines.append(
                 f"| {arm} | {cell.minutes:.1f} min | {sign}{minutes:.1f} min | {sign}{minutes / cell.minutes:.1f}× |"

@@ -124,6 +124,8 @@ def estimate_minutes(chain: Chain, config: dict, rows: list[dict]) -> float | No
         per_update["pretraining"] = same[-1][f"pretraining_{clock_of(tier)}_seconds"] / same[-1]["updates"]
     finetuning = [recipe.finetuning[size]["max_steps"] for size in chain.sizes]
     seconds = per_update["finetuning"] * sum(finetuning)
+    if chain.reference is not None:
+        seconds += 2 * sum(config["timed_updates"]) * per_update["pretraining"]
     for options in (stage["pretraining"] for stage in trained.stages):
         seconds += float(options.get("seconds", 0)) + per_update["pretraining"] * options.get("max_steps", 0)
     if recipe.self_training is not None:

@@ -161,6 +161,8 @@ def train(processes: Processes, script: str, folder: Path, argv: list[str], save
 def _train(processes, script, folder, argv, save_steps, keep_open) -> dict:
     checkpoint = newest_checkpoint(folder)
     resumed_at = 0 if checkpoint is None else updates_at(checkpoint)
+    if checkpoint is None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run killed before its first, or between its end and its note
     took = processes.run(
         script,
         [*argv, "--output_dir", str(folder), "--save_steps", str(save_steps), "--resume_from_checkpoint", "last"],
@@ -173,8 +175,8 @@ def _train(processes, script, folder, argv, save_steps, keep_open) -> dict:
         logger.warning("%s was killed after its last update, so nobody knows how long it took: it is made anew", folder)
         shutil.rmtree(folder)
         return _train(processes, script, folder, argv, save_steps, keep_open)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
     before, last = losses_at_the_end(log, updates)
     return {
         **{name: seconds * updates / (updates - resumed_at) for name, seconds in took.items()},

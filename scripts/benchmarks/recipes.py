@@ -160,6 +160,9 @@ def read_config(file: Path) -> dict:
         raise ValueError(f"few_shot: unknown {', '.join(unknown)}; expected {', '.join(sorted(of_few_shot))}")
     if config["reference_arm"] not in config["arms"]:
         raise ValueError(f"reference_arm: there is no arm {config['reference_arm']!r}")
+    reference = _inherited(config["arms"], config["reference_arm"])
+    if not reference.get("pretrained", True) or {"peer", "self_training"} & set(reference):
+        raise ValueError(f"reference_arm: expected a pre-training of this package, found {config['reference_arm']}")
     match config["timed_updates"]:
         case [int(fewer), int(more)] if 0 < fewer < more:
             pass
