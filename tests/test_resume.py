@@ -128,7 +128,7 @@ def test_a_finished_run_makes_no_further_update_and_other_clips_are_refused(tmp_
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 4
 
     shutil.copy(corpus / "0.wav", corpus / "6.wav")
-    with pytest.raises(ValueError, match=r"was begun with other clips \(train 5 clips #\w+, now 6 clips #\w+\)"):
+    with pytest.raises(ValueError, match=r"was begun with other clips \(train 5 clips #\w+, now 6 clips #\w+; valid"):
         pretrain([*command, "--resume_from_checkpoint", "last"])
     (corpus / "6.wav").unlink()
     pretrain([*command, "--resume_from_checkpoint", "last"])
