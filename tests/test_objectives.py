@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, Wav2Vec2Config, Wav2Vec2ForPreTraining, Wav2Vec2Model
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_speechcl import OBJECTIVES, Objective, ObjectiveOutput, SpeechCLConfig, SpeechCLForPreTraining, SpeechCLModel
 from hf_speechcl.modeling_speechcl import SpeechCLLogMel
@@ -437,6 +438,13 @@ def test_cpc_refuses_an_encoder_that_cannot_be_causal(wav2vec2_config, clips):
     objective = build_objective("cpc", wav2vec2_config, {})
     with pytest.raises(TypeError, match="cpc needs an encoder that can be run causally, .* found Wav2Vec2Model"):
         objective(encoder, make_plain_batch(encoder, clips, objective))
+
+
+def test_wav2vec2_refuses_an_encoder_that_gives_no_features(wav2vec2_config, clips):
+    objective = build_objective("wav2vec2", wav2vec2_config, {})
+    batch = make_plain_batch(Wav2Vec2Model(wav2vec2_config), clips, objective)
+    with pytest.raises(TypeError, match="wav2vec2 needs an encoder that gives extract_features"):
+        objective(lambda *_, **__: BaseModelOutput(last_hidden_state=torch.zeros(1, 1, 1)), batch)
 
 
 def test_gumbel_temperature_falls_geometrically_to_its_end(config):

@@ -269,10 +269,7 @@ def keep_labelled(corpus: Dataset, split: str) -> Dataset:
         return corpus
     if not labelled:
         raise ValueError(f"no clip of {split} has a label in label_column: leave it out, or name another column")
-    if len(labelled) < len(corpus):
-        logger.warning(
-            "%s: %d of %d clips have no label and are left out", split, len(corpus) - len(labelled), len(corpus)
-        )
+    logger.warning("%s: %d of %d clips have no label and are left out", split, len(corpus) - len(labelled), len(corpus))
     return corpus.select(labelled)
 
 
