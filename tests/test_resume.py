@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
 from hf_speechcl.training.pretrain import main as pretrain
 from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
-from hf_speechcl.training.trainer import find_checkpoint, keep_options
+from hf_speechcl.training.resume import find_checkpoint, keep_options
 from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS, run_script
 
 

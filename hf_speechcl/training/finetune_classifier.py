@@ -43,7 +43,8 @@ from .finetuning import (
     describe_finetuning,
     load_config,
 )
-from .trainer import find_checkpoint, finish_run, keep_options, prepare_to_push
+from .resume import find_checkpoint, keep_options
+from .trainer import finish_run, prepare_to_push
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,8 @@ from .arguments import (
     set_up_logging,
 )
 from .pretraining_trainer import PROBE_METRICS, PretrainingTrainer, layer_names
-from .trainer import find_checkpoint, finish_run, keep_options, prepare_to_push
+from .resume import find_checkpoint, keep_options
+from .trainer import finish_run, prepare_to_push
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from hf_speechcl.data.corpora import load_train_and_validation
 from hf_speechcl.text_policy import TextPolicy, apply_policy
 from hf_speechcl.training.arguments import CorpusArguments, set_up_logging
 from hf_speechcl.training.ctc_trainer import CTCTrainer, CTCTrainingArguments
-from hf_speechcl.training.trainer import find_checkpoint, finish_run, keep_options
+from hf_speechcl.training.resume import find_checkpoint, keep_options
+from hf_speechcl.training.trainer import finish_run
 
 logger = logging.getLogger("peer")
 

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 from safetensors import safe_open
 
-from hf_speechcl.training.trainer import newest_checkpoint, updates_at
+from hf_speechcl.training.resume import newest_checkpoint, updates_at
 
 logger = logging.getLogger(__name__)
 
