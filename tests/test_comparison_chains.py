@@ -141,6 +141,7 @@ def options_of(argv):
 def compare(scripts, small_data, tmp_path, monkeypatch):
     """Runs the front door with tiny models; the processes, and what it returned."""
     config, file = small_config(scripts, tmp_path)
+    monkeypatch.setattr("hf_speechcl.training.trainer.plot_curves", lambda *args: None)  # dozens of runs, a second each
 
     def run(*options, failing=()):
         processes = FakeProcesses(scripts, failing)

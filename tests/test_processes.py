@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_speechcl.distributed import leaves_launch
+from hf_speechcl.evaluation.evaluate import main as evaluate
+from hf_speechcl.training.finetune_ctc import main as finetune_ctc
+from hf_speechcl.training.pretrain import main as pretrain
 from tests.conftest import (
     FAST_RUN,
     ROOT,
     TINY_OPTIONS,
     launch,
-    run_script,
 )
 from tests.trainers import (
     KINDS,
@@ -24,6 +26,10 @@ from tests.trainers import (
     objectives_of,
     quiet_gumbel_softmax,
 )
+
+
+def as_text(*arguments) -> list[str]:
+    return [str(argument) for argument in arguments]
 
 
 def test_a_command_closes_the_process_group_that_it_opened(tmp_path):
@@ -53,30 +59,12 @@ def test_gradient_of_one_batch_equals_gradient_of_two_ranks(corpus, tmp_path, mo
         assert_equal(gradients_found, whole, f"{kind}, {spread}")
 
 
-def test_two_processes_equal_one_that_accumulates(tmp_path):
-    common = ["--max_steps", 4, "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--optim", "sgd"]
-    common += ["--objectives", "best_rq=1", "--learning_rate", "0.1"]
-    run_script("pretrain.py", *common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 2)
-    launch(ROOT / "scripts" / "pretrain.py", *common, "--output_dir", tmp_path / "two")
-    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
-
-
-def test_compared_clips_of_two_processes_equal_those_of_one_with_accumulation_and_validation(tmp_path):
-    common = [
-        "--max_steps",
-        2,
-        "--encoder_options",
-        *TINY_OPTIONS,
-        *FAST_RUN,
-        "--optim",
-        "sgd",
-        "--learning_rate",
-        "0.1",
-    ]
-    common += ["--objectives", "info_nce=1", "siamese=1", "--eval_strategy", "steps", "--eval_steps", 1]
+def test_two_processes_train_and_validate_as_one_that_accumulates(tmp_path):
+    common = ["--max_steps", 2, "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--optim", "sgd"]
+    common += ["--learning_rate", 0.1, "--objectives", "best_rq=1", "info_nce=1", "siamese=1"]
+    common += ["--eval_strategy", "steps", "--eval_steps", 1]
     common += ["--objective_options", "siamese.form=simsiam", "--view_augmentations", "gain=1"]
-    run_script("pretrain.py", *common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 4)
+    pretrain(as_text(*common, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", 4))
     launch(
         ROOT / "scripts" / "pretrain.py", *common, "--output_dir", tmp_path / "two", "--gradient_accumulation_steps", 2
     )
@@ -95,13 +83,13 @@ def test_two_processes_score_as_one_does_even_if_one_has_no_batch(tmp_path, audi
     (audio_folder / "metadata.csv").write_text("\n".join(lines))
     common = ["--corpus", audio_folder, "--model", "tiny", "--model_options", *TINY_OPTIONS, "--max_steps", 1]
     common += [*FAST_RUN, "--learning_rate", 0, "--head_learning_rate", 0, "--max_seconds_per_batch", 60]
-    run_script("finetune_ctc.py", *common, "--output_dir", tmp_path / "one")
+    finetune_ctc(as_text(*common, "--output_dir", tmp_path / "one"))
     launch(ROOT / "scripts" / "finetune_ctc.py", *common, "--output_dir", tmp_path / "two")
     one, two = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
     assert two["eval_wer"] == one["eval_wer"]
     scores = ["--model", tmp_path / "one", "--corpus", audio_folder, "--split", "train", "--device", "cpu"]
-    run_script("evaluate.py", *scores, "--output_file", tmp_path / "one.json")
+    evaluate(as_text(*scores, "--output_file", tmp_path / "one.json"))
     launch(ROOT / "scripts" / "evaluate.py", *scores, "--output_file", tmp_path / "two.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     for results in (one, two):

@@ -13,16 +13,18 @@ from hf_speechcl.training.make_units import main as make_units
 from hf_speechcl.training.pretrain import main as pretrain
 from tests.conftest import ROOT
 
-# A run of 150 updates that takes seconds; hundreds of updates want a quicker teacher, and 2 minutes of audio few codes.
+# A run of 100 updates that takes seconds; so few want a quicker teacher, and 2 minutes of audio few codes.
 OPTIONS = {
     "data2vec": "--objective_options data2vec.ema_decay_start=0.99 data2vec.ema_decay_end=0.999",
     "best_rq": "--objective_options best_rq.codebook_size=64",
     "wav2vec2": "--objective_options wav2vec2.num_negatives=20 wav2vec2.codebook_size=40",
+    "denoising": "--corruptions noise=1",
+    "siamese": "--max_seconds_per_batch 16 --learning_rate 3e-4",
 }
 RUN = (
     "--encoder_options hidden_size=64 num_hidden_layers=2 num_attention_heads=2 intermediate_size=128 conv_dim=64 "
-    "hidden_dropout=0.1 --use_cpu --disable_tqdm True --report_to none --max_seconds_per_batch 12 --max_steps 150 "
-    "--save_steps 120 --eval_on_start True --eval_steps 150 --logging_steps 50 --learning_rate 1e-3 "
+    "hidden_dropout=0.1 --use_cpu --disable_tqdm True --report_to none --max_seconds_per_batch 8 --max_steps 100 "
+    "--save_steps 80 --eval_on_start True --eval_steps 100 --logging_steps 50 --learning_rate 1e-3 "
     "--view_augmentations gain=1"
 ).split()
 
@@ -48,16 +50,16 @@ def test_objective_learns_resumes_exactly_and_loads(name, tmp_path, request):
     assert json.loads((whole / "results.json").read_text())["eval_guard/verdict"] == 0
     assert "collapse guard: healthy" in (whole / "README.md").read_text()
 
-    shutil.copytree(whole / "checkpoint-120", again / "checkpoint-120")
+    shutil.copytree(whole / "checkpoint-80", again / "checkpoint-80")
     pretrain([*command, "--output_dir", str(again), "--resume_from_checkpoint", "last"])
     torch.testing.assert_close(
         load_file(again / "model.safetensors"), load_file(whole / "model.safetensors"), rtol=0, atol=0
     )
 
     if name == "data2vec":
-        halfway = load_file(whole / "checkpoint-120" / "model.safetensors")
+        checkpoint = load_file(whole / "checkpoint-80" / "model.safetensors")
         teacher = "objectives.data2vec.teacher.norm.bias"
-        assert not torch.equal(halfway[teacher], load_file(whole / "model.safetensors")[teacher])
+        assert not torch.equal(checkpoint[teacher], load_file(whole / "model.safetensors")[teacher])
 
     samples = torch.randn(1, 8000)
     encoder, recognizer = AutoModel.from_pretrained(whole), AutoModelForCTC.from_pretrained(whole)
@@ -83,7 +85,9 @@ def test_labels_noise_corruption_and_accumulation_together(audio_folder, tmp_pat
     options += (
         "--corrupt_input --corruptions noise=1 --view_augmentations gain=1 --max_seconds 3 --eval_strategy steps "
     )
-    options += "--gradient_accumulation_steps 2 --max_steps 2 --eval_steps 1 --save_strategy no"
+    options += (
+        "--gradient_accumulation_steps 2 --max_seconds_per_batch 12 --max_steps 2 --eval_steps 1 --save_strategy no"
+    )
     sources = ["--corpus", str(audio_folder), "--noise_corpus", str(audio_folder)]
     pretrain([*RUN, *options.split(), *sources, "--output_dir", str(tmp_path / "run")])
     assert "train: 2 of 6 clips have no label and are left out" in caplog.text

@@ -122,11 +122,11 @@ def test_recognizer_of_the_road_runs_in_the_pipeline(road, clips):
 
 
 def test_pretraining_goes_on_from_a_folder_with_other_objectives(road, tmp_path):
-    run_script(
-        "pretrain.py", "--encoder", road["folder"] / "encoder", "--objectives", "wav2vec2", "best_rq",
+    pretrain.main([
+        "--encoder", str(road["folder"] / "encoder"), "--objectives", "wav2vec2", "best_rq",
         "--objective_options", "wav2vec2.codebook_size=8", "best_rq.codebook_size=32",
-        "--output_dir", tmp_path / "more", "--max_steps", 1, *FAST_RUN,
-    )  # fmt: skip
+        "--output_dir", str(tmp_path / "more"), "--max_steps", "1", *FAST_RUN,
+    ])  # fmt: skip
     assert json.loads((tmp_path / "more" / "config.json").read_text())["objectives"] == {
         "wav2vec2": {"weight": 1.0, "codebook_size": 8},
         "best_rq": {"weight": 1.0, "codebook_size": 32},
@@ -134,33 +134,33 @@ def test_pretraining_goes_on_from_a_folder_with_other_objectives(road, tmp_path)
 
 
 def test_fine_tuning_goes_on_from_a_recognizer_with_its_vocabulary(road, tmp_path, audio_folder):
-    run_script(
-        "finetune_ctc.py", "--model", road["folder"] / "ctc", "--corpus", audio_folder,
-        "--output_dir", tmp_path / "more", "--max_steps", 1, *FAST_RUN,
-    )  # fmt: skip
+    finetune_ctc.main([
+        "--model", str(road["folder"] / "ctc"), "--corpus", str(audio_folder),
+        "--output_dir", str(tmp_path / "more"), "--max_steps", "1", *FAST_RUN,
+    ])  # fmt: skip
     first, second = ((folder / "vocab.json").read_text() for folder in (road["folder"] / "ctc", tmp_path / "more"))
     assert json.loads(first) == json.loads(second)
 
 
-def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path):
+def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path, caplog):
     soundfile.write(audio_folder / "silent.wav", np.zeros(16000), 16000)
     (audio_folder / "empty.wav").write_bytes(b"")
     (audio_folder / "fake.mp3").write_bytes(b"not music" * 50)
     soundfile.write(audio_folder / "tenth.wav", clips[0][:1600], 16000)
     soundfile.write(audio_folder / "rate.wav", np.stack([clips[1]] * 2, axis=1), 96000, subtype="PCM_24")
     soundfile.write(audio_folder / "eight.wav", clips[2], 16000, subtype="PCM_U8")
-    result = run_script(
-        "pretrain.py", "--corpus", audio_folder, "--output_dir", tmp_path / "run", "--max_steps", 6,
-        "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--validation_fraction", 0.01,
-    )  # fmt: skip
+    pretrain.main([
+        "--corpus", str(audio_folder), "--output_dir", str(tmp_path / "run"), "--max_steps", "6",
+        "--encoder_options", *TINY_OPTIONS, *FAST_RUN, "--validation_fraction", "0.01",
+    ])  # fmt: skip
     for message in (
         "skipped 2 of 10 files",
         "skipped empty.wav: empty file",
         "skipped fake.mp3: not readable as audio",
         "skipped silent.wav: digital silence",
     ):
-        assert message in result.stderr
-    assert re.search(r"\d of \d clips are shorter than 0.4 s", result.stderr)
+        assert message in caplog.text
+    assert re.search(r"\d of \d clips are shorter than 0.4 s", caplog.text)
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert sum(entry.get("skipped_clips", 0) for entry in history) > 0
     assert all(np.isfinite(entry["loss"]) for entry in history if "loss" in entry)
@@ -236,11 +236,11 @@ def test_scalars_and_lists_in_a_configuration_file_mean_the_same(tmp_path):
 
 
 def test_same_model_from_scratch_has_the_architecture_and_none_of_the_weights(road, tmp_path):
-    run_script(
-        "finetune_ctc.py", "--model", road["folder"] / "encoder", "--from_scratch",
-        "--output_dir", tmp_path / "scratch", "--seed", 7, "--max_steps", 1, "--learning_rate", 0,
-        "--head_learning_rate", 0, *FAST_RUN,
-    )  # fmt: skip
+    finetune_ctc.main([
+        "--model", str(road["folder"] / "encoder"), "--from_scratch",
+        "--output_dir", str(tmp_path / "scratch"), "--seed", "7", "--max_steps", "1", "--learning_rate", "0",
+        "--head_learning_rate", "0", *FAST_RUN,
+    ])  # fmt: skip
     scratch, tuned = (
         AutoModelForCTC.from_pretrained(folder) for folder in (tmp_path / "scratch", road["folder"] / "ctc")
     )
