@@ -26,6 +26,6 @@ if [ ! -f "$installed" ]; then
   # Beam search. kenlm is compiled; where there is no compiler, its tests are left out. pyctcdecode pins an old numpy.
   "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$root[lm]" \
     && "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" --no-deps pyctcdecode \
-    || echo "kenlm could not be built: no beam search here (see above)"
+    || echo "kenlm could not be built (see above; it needs g++): no n-gram and no beam search. To try again, delete $venv"
   touch "$installed"
 fi

@@ -37,22 +37,28 @@ def main(folder: Path, seconds: float) -> None:
 
     print(f"\nTest split, {len(test)} clips, texts never seen; shares of words and characters, [95% interval]\n")
     print(f"{'':30} {'WER':24} {'CER':24}")
-    for ending, file in {"": "test", ", with the n-gram": "test-ngram"}.items():
+    has_ngram = (folder / "recognizer/test-ngram.json").is_file()
+    for ending, file in {"": "test", **({", with the n-gram": "test-ngram"} if has_ngram else {})}.items():
         for label, run in {"pre-trained": "recognizer", "from scratch": "scratch"}.items():
             scores = json.loads((folder / run / f"{file}.json").read_text())
             cells = [f"{scores[m]:6.1%} [{scores[m + '_low']:.1%}, {scores[m + '_high']:.1%}]" for m in ("wer", "cer")]
             print(f"{label + ending:30} {cells[0]:24} {cells[1]:24}")
-    print("\nThree test clips, through the pipeline and with the n-gram:")
-    found = json.loads((folder / "recognizer/test-ngram.json").read_text())["transcripts"]
+    print(f"\nThree test clips, through the pipeline{' and with the n-gram' if has_ngram else ''}:")
+    found = json.loads((folder / "recognizer/test-ngram.json").read_text())["transcripts"] if has_ngram else []
     with_ngram = {clip["id"]: clip["hypothesis"] for clip in found}
     for row, text in zip(chosen, texts):
         print(f"  {row['id']}\n    reference   {normalize_text(row['text'])}\n    transcript  {text['text']}")
-        print(f"    with n-gram {with_ngram[row['id']]}")
+        if has_ngram:
+            print(f"    with n-gram {with_ngram[row['id']]}")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     print(f"\nCurves: {folder / 'curves.png'}\nModel with its card: {folder / 'recognizer'}\nTime: {seconds:.0f} s")
-    command = "scripts/pretrain.py --use_cpu --corpus YOUR_FOLDER --output_dir runs/mine --max_steps 2000"
-    print(f"\nNext, your own audio:\n  {python} {command}")
+    print(
+        "\nNext, your own audio:\n"
+        f"  {python} scripts/make_units.py --corpus YOUR_FOLDER --output_dir runs/units\n"
+        f"  {python} scripts/pretrain.py --config scripts/configs/cpu-10min.yaml --corpus YOUR_FOLDER \\\n"
+        "    --units runs/units --output_dir runs/mine"
+    )
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def test_find_checkpoint(tmp_path):
         find_checkpoint(str(tmp_path), None)
     with pytest.raises(FileNotFoundError, match="not a complete checkpoint"):
         find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-9"))
+    assert find_checkpoint(str(tmp_path / "new"), str(tmp_path / "checkpoint-8")) == str(tmp_path / "checkpoint-8")
+    assert find_checkpoint(f"{tmp_path}/new/..", str(tmp_path / "checkpoint-8")) == str(tmp_path / "checkpoint-8")
     finished = tmp_path / "finished"
     finished.mkdir()
     (finished / "model.safetensors").write_bytes(b"")
@@ -71,6 +73,8 @@ def test_find_checkpoint(tmp_path):
             FileExistsError, match="holds the model of a finished run without checkpoints: give another"
         ):
             find_checkpoint(str(finished), wanted)
+    with pytest.raises(FileExistsError, match="finished holds a model already(?s:.*)to go on from .*checkpoint-8"):
+        find_checkpoint(str(finished), str(tmp_path / "checkpoint-8"))
 
 
 def pretraining_command(output_dir, max_steps, *more):

@@ -146,6 +146,11 @@ NOT_USED = {
     "eval_accumulation_steps": BY_OWN_LOOP,
     "prediction_loss_only": BY_OWN_LOOP,
     "batch_eval_metrics": BY_OWN_LOOP,
+    "eval_do_concat_batches": BY_OWN_LOOP,
+    "eval_use_gather_object": BY_OWN_LOOP,
+    "dataloader_in_order": BY_LENGTH,
+    "dataloader_multiprocessing_context": "clips are decoded in processes of torch's own choice",
+    "remove_unused_columns": "batches are made by our own collators",
     "label_smoothing_factor": "no loss here has labels to smooth",
 }
 
@@ -200,7 +205,7 @@ class SpeechTrainingArguments(TrainingArguments):
         if self.decoded_gb < 0:
             raise ValueError(f"decoded_gb must not be negative, found {self.decoded_gb}")
         for name, reason in NOT_USED.items():
-            if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is not used: {reason}")
         if self.license is not None and self.license not in LICENSES:
             raise ValueError(f"license {self.license!r} is unknown to the Hub: expected {', '.join(sorted(LICENSES))}")

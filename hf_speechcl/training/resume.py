@@ -43,8 +43,8 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
 
     Raises:
         FileNotFoundError: the checkpoint asked for is not there or not complete.
-        FileExistsError: no resume was asked for, but the folder holds checkpoints of an earlier run; or it holds a
-            model and no checkpoint.
+        FileExistsError: no resume was asked for, or one from another folder, but this one holds checkpoints of an
+            earlier run; or it holds a model and no checkpoint.
     """
     newest = newest_checkpoint(output_dir)
     is_finished = any((Path(output_dir) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
@@ -63,6 +63,12 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
         if not _is_complete(Path(resume_from_checkpoint)):
             raise FileNotFoundError(
                 f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE_NAME}"
+            )
+        is_own = Path(os.path.abspath(resume_from_checkpoint)).parent == Path(os.path.abspath(output_dir))
+        if not is_own and (newest is not None or is_finished):
+            raise FileExistsError(
+                f"{output_dir} holds {'a model' if newest is None else newest.name} already: give another --output_dir "
+                f"to go on from {resume_from_checkpoint}"
             )
         return resume_from_checkpoint
     if newest is not None:
