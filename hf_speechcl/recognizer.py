@@ -38,6 +38,7 @@ SPEECH_TO_TEXT = {
 # Model types that read a clip in a padded batch as they read it alone.
 IGNORES_PADDING = {"speechcl", "wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "parakeet_ctc"}
 SHORTEST_SECONDS = 0.1  # that a model of another kind is given
+SHORTEST_CHUNK = 1.0  # seconds, for models that are given one chunk after the other
 STRIDE_SECONDS = 4.0  # surroundings of a chunk, for models that attend to all of it
 BATCH_SECONDS = 15.0  # of short utterances of a recording, read together; more is slower on a CPU
 GROUP_SECONDS = 60.0  # of a recording are at hand to be batched by their length
@@ -56,14 +57,6 @@ class ComputingArguments:
     )
 
     def __post_init__(self):
-        if self.device != "auto":
-            try:
-                torch.empty(1, device=self.device)
-            except (RuntimeError, AssertionError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(
-                    f"device: {self.device!r} cannot be used ({reason}): expected auto, cpu or cuda"
-                ) from None
         check_dtype(self.dtype, self.torch_device)
 
     @property
@@ -72,8 +65,18 @@ class ComputingArguments:
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of that name, or for "auto" the accelerator where there is one."""
-    return torch.device((torch.accelerator.current_accelerator() or "cpu") if name == "auto" else name)
+    """The device of that name, or for "auto" the accelerator where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {name!r} cannot be used ({reason}): expected auto, cpu or cuda") from None
 
 
 def check_dtype(dtype: str, device: torch.device) -> None:
@@ -294,9 +297,11 @@ class SpeechRecognizer:
         """Samples of a window of `chunk_seconds` and of its surroundings to either side.
 
         Raises:
-            ValueError: the window has no room between its surroundings.
+            ValueError: the window has no room between its surroundings, or none for a word.
         """
         if self.kind == "seq2seq":
+            if chunk_seconds < SHORTEST_CHUNK:
+                raise ValueError(f"chunk_seconds must be {SHORTEST_CHUNK:g} or more, found {chunk_seconds:g}")
             return math.ceil(chunk_seconds * self.sampling_rate), 0
         if reach := getattr(self.model.config, "layer_reach", None):
             stride = reach + 2

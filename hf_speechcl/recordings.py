@@ -102,7 +102,7 @@ def find_utterances(
     if reached < len(levels):
         spans.append((begin, len(levels)))
     size = round(LEVEL_SECONDS * sampling_rate)
-    longest = len(levels) if max_seconds is None else round(max_seconds / LEVEL_SECONDS)
+    longest = len(levels) if max_seconds is None else int(max_seconds / LEVEL_SECONDS + 1e-9)
     utterances = []
     for begin, end in ((round(begin), round(end)) for begin, end in spans):
         while end - begin > longest:

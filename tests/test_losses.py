@@ -141,13 +141,13 @@ def test_prototypical_loss_equals_reference(distance, kind):
     assert_equal(loss, reference.prototypical_loss(support, queries, targets, distance, 0.5))
 
 
-@pytest.mark.parametrize(("clips", "ways", "episodes"), [(0, 1, 0), (1, 1, 1), (2, 2, 1), (3, 3, 1), (7, 3, 3)])
+@pytest.mark.parametrize(("clips", "ways", "episodes"), [(0, 1, 0), (1, 1, 0), (2, 2, 1), (3, 3, 1), (7, 3, 3)])
 def test_episodes_hold_every_clip_and_n_way_classes(clips, ways, episodes):
     labels, keys = torch.arange(clips) + 10, torch.randperm(clips)
     support, queries, episode, targets = draw_episodes(labels, keys, 3, n_way=3, k_shot=1, n_query=2)
     assert support.shape == (episodes, ways, 1)
     assert len(queries) == len(episode) == len(targets) == 2 * episodes * ways
-    assert set(queries.tolist()) == {clip * 3 + view for clip in range(clips) for view in (1, 2)}
+    assert set(queries.tolist()) == {clip * 3 + view for clip in range(clips * bool(episodes)) for view in (1, 2)}
     assert (support[episode, targets, 0] // 3 == queries // 3).all()
     assert all(len(set(classes.flatten().tolist())) == ways for classes in support)
 

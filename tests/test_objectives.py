@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_speechcl import OBJECTIVES, Objective, ObjectiveOutput, SpeechCLConfig, SpeechCLForPreTraining, SpeechCLModel
 from hf_speechcl.modeling_speechcl import SpeechCLLogMel
+from hf_speechcl.objectives import cpc
 from hf_speechcl.objectives.base import first_is_best
 from hf_speechcl.objectives.best_rq import BestRQ
 from hf_speechcl.objectives.wav2vec2 import Wav2Vec2Contrastive
@@ -271,6 +272,17 @@ def test_targets_stay_clean_when_the_input_is_corrupted(name, clips):
     del corrupted["clean_values"]
     assert not torch.equal(target_of(corrupted), expected)
     hook.remove()
+
+
+def test_cpc_predicts_clean_frames_when_the_input_is_corrupted(clips, monkeypatch):
+    model = make_model("cpc").eval()
+    seen, scores = [], cpc.cpc_logits
+    monkeypatch.setattr(cpc, "cpc_logits", lambda *args: seen.append(args[:2]) or scores(*args))
+    for corrupt_input in (False, True):
+        model(**make_batch(model, clips, corrupt_input=corrupt_input))
+    (context, features), (corrupted_context, clean_features) = seen[0], seen[len(seen) // 2]
+    torch.testing.assert_close(clean_features, features)
+    assert not torch.equal(corrupted_context, context)
 
 
 @pytest.mark.parametrize("kernel_size", [None, 5])

@@ -53,6 +53,9 @@ def test_utterances_lie_between_pauses_even_in_noise(clips):
     assert [begin for begin, _ in halves[1:]] == [end for _, end in halves[:-1]]
     assert max(end - begin for begin, end in halves) <= 4 * RATE
     assert find_utterances(*measure_levels([], RATE), RATE, pause_seconds=0.5) == []
+    for chunk_seconds in (1.151, 1.155, 1.16):
+        pieces = find_utterances(levels, num_samples, RATE, pause_seconds=0, max_seconds=chunk_seconds)
+        assert max(end - begin for begin, end in pieces) <= chunk_seconds * RATE
 
 
 def test_clip_without_a_pause_is_read_as_it_is(clips):

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
 
+from hf_speechcl import SpeechDataset
 from hf_speechcl.training.arguments import PretrainingDataArguments, SpeechTrainingArguments
 from hf_speechcl.training.pretrain import main as pretrain
 from hf_speechcl.training.pretraining_trainer import PretrainingTrainer
-from hf_speechcl.training.resume import find_checkpoint, keep_options
+from hf_speechcl.training.resume import describe_clips, find_checkpoint, keep_options
 from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS
 
 
@@ -56,6 +58,7 @@ def test_find_checkpoint(tmp_path):
         folder.mkdir()
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
+            (folder / "scheduler.pt").touch()
     assert find_checkpoint(str(tmp_path), "last") == str(tmp_path / "checkpoint-8")
     with pytest.raises(
         FileExistsError, match="holds checkpoint-8 of an earlier run: pass --resume_from_checkpoint last"
@@ -65,6 +68,12 @@ def test_find_checkpoint(tmp_path):
         find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-9"))
     assert find_checkpoint(str(tmp_path / "new"), str(tmp_path / "checkpoint-8")) == str(tmp_path / "checkpoint-8")
     assert find_checkpoint(f"{tmp_path}/new/..", str(tmp_path / "checkpoint-8")) == str(tmp_path / "checkpoint-8")
+    weights_alone = tmp_path / "weights_alone" / "checkpoint-3"
+    weights_alone.mkdir(parents=True)
+    (weights_alone / "trainer_state.json").write_text('{"global_step": 3}')
+    for folder, wanted in ((tmp_path / "another", str(weights_alone)), (weights_alone.parent, "last")):
+        with pytest.raises(FileNotFoundError, match="checkpoint-3 holds no optimizer, as --save_only_model asks"):
+            find_checkpoint(str(folder), wanted)
     finished = tmp_path / "finished"
     finished.mkdir()
     (finished / "model.safetensors").write_bytes(b"")
@@ -136,6 +145,13 @@ def test_a_finished_run_makes_no_further_update_and_other_clips_are_refused(tmp_
         pretrain([*command, "--resume_from_checkpoint", "last"])
     (corpus / "6.wav").unlink()
     pretrain([*command, "--resume_from_checkpoint", "last"])
+
+
+def test_clips_are_told_from_the_same_with_other_texts(corpus):
+    clips = SpeechDataset(corpus.select(range(3)), 16000)
+    described = describe_clips(clips, [[1, 2], [3], [4]])
+    assert described == describe_clips(clips, [np.array([1, 2]), [3], [4]])
+    assert described != describe_clips(clips, [[1, 2], [3], [5]])
 
 
 def test_run_with_batches_made_ahead_resumes_within_an_epoch_and_ends_with_the_same_weights(tmp_path, monkeypatch):

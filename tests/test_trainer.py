@@ -1,9 +1,11 @@
 """The trainer's arithmetic: gradients, losses, what is logged."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from hf_speechcl.training.pretraining_trainer import validation_groups
 from tests.conftest import SMALL_OBJECTIVES
 from tests.trainers import (
     KINDS,
@@ -81,6 +83,20 @@ def test_validation_compares_the_same_clips_in_whatever_batches(corpus, tmp_path
     first = trainer.evaluate()["eval_loss"]
     trainer.max_seconds_per_batch = 30
     assert trainer.evaluate()["eval_loss"] == pytest.approx(first, rel=1e-5)
+
+
+def test_validation_compares_clips_that_have_others_of_their_label(monkeypatch):
+    monkeypatch.setattr("hf_speechcl.training.pretraining_trainer.EVALUATION_CLIPS", 10)
+    keys = np.random.default_rng(0).permutation(100).tolist()
+    assert sum(validation_groups(list(range(100)), keys, 1), []) == np.argsort(keys).tolist()
+    labels = [0, 1, 0, 1, *range(2, 98)]
+    first, *others = validation_groups(labels, keys, 2)
+    assert {0, 1, 2, 3} <= set(first)
+    assert sorted(sum(others, first)) == list(range(100))
+    assert {len(group) for group in (first, *others)} == {10}
+    monkeypatch.setattr("hf_speechcl.training.pretraining_trainer.EVALUATION_CLIPS", 30)
+    of_two = validation_groups([place % 2 for place in range(100)], keys, 3)
+    assert all({place % 2 for place in group} == {0, 1} for group in of_two)
 
 
 def test_comparing_objectives_refuse_what_they_cannot_do(corpus, tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +218,9 @@ def test_a_model_that_writes_no_text_is_refused(tmp_path, config):
 def test_chunks_shorter_than_what_surrounds_them_are_refused(recognizer):
     with pytest.raises(ValueError, match=r"chunk_seconds 0.5: chunks of this model overlap by .* set it to"):
         recognizer.transcribe_recording("unread.wav", RecordingArguments(chunk_seconds=0.5))
+    whisper = SimpleNamespace(kind="seq2seq", sampling_rate=16000)
+    with pytest.raises(ValueError, match="chunk_seconds must be 1 or more, found 0.02"):
+        SpeechRecognizer.chunk(whisper, 0.02)
 
 
 def words(*spans):

@@ -124,7 +124,8 @@ class LabelBatchSampler(Sampler):
         if clips_per_batch < 2 * clips_per_label:
             raise ValueError(
                 f"a batch has room for {clips_per_batch} clips, and two labels with clips_per_label={clips_per_label} "
-                f"need {2 * clips_per_label}: raise max_seconds_per_batch, or lower clips_per_label or view_seconds"
+                f"need {2 * clips_per_label}: raise max_seconds_per_batch, and max_clips_per_batch where it is given, "
+                "or lower clips_per_label or, where all objectives compare clips, view_seconds"
             )
         self.labels_per_batch = min(clips_per_batch // clips_per_label, len(self.members))
         self.clips_per_label, self.seed, self.rank, self.world_size = clips_per_label, seed, rank, world_size

@@ -77,16 +77,18 @@ class TranscriptLog:
         self.state = PartialState()
         self.output_file = output_file
         if restart:
-            self.remove()
+            remove_partial_transcripts(output_file)
         self.records: dict[str, dict] = {}
         for file in _partial_files(output_file):
             self._read(file, identity)
         self.state.wait_for_everyone()
         self.file = output_file.with_name(f"{output_file.name}.partial-{self.state.process_index}.jsonl")
-        whole = self.file.read_bytes().rpartition(b"\n")[0] if self.file.exists() else b""
-        self.stream = self.file.open("wb")
-        self.stream.write(whole + b"\n" if whole else json.dumps(identity).encode() + b"\n")
-        self.stream.flush()
+        self.stream = self.file.open("ab")
+        whole = self.file.read_bytes().rfind(b"\n") + 1
+        self.stream.truncate(whole)
+        if not whole:
+            self.stream.write(json.dumps(identity).encode() + b"\n")
+            self.stream.flush()
 
     def _read(self, file: Path, identity: dict) -> None:
         lines = file.read_bytes().rpartition(b"\n")[0].splitlines()  # a last line without end was cut off
@@ -107,6 +109,7 @@ class TranscriptLog:
 
     def remove(self) -> None:
         """Delete the files of all processes."""
+        self.stream.close()
         remove_partial_transcripts(self.output_file)
 
 

@@ -29,8 +29,8 @@ class CPC(Objective):
 
     Learns slow features of speech: phones and speaker. The encoder is run with causal attention, so the context of
     frame t knows no waveform beyond what frame t itself covers (`SpeechCLModel.forward`, `causal`); the frames that it
-    predicts are `extract_features`. Negatives are other frames of the same clip, so knowing the speaker does not help.
-    Only encoders that can be run causally will do: SpeechCLModel.
+    predicts are `extract_features`, of the clean clip where the input is corrupted. Negatives are other frames of the
+    same clip, so knowing the speaker does not help. Only encoders that can be run causally will do: SpeechCLModel.
 
     Args:
         config: the encoder's configuration.
@@ -64,10 +64,13 @@ class CPC(Objective):
                 f"cpc needs an encoder that can be run causally, as SpeechCLModel; found {type(encoder).__name__}"
             )
         outputs = encoder(batch["input_values"], attention_mask=batch.get("attention_mask"), causal=True)
+        clean = outputs
+        if "clean_values" in batch:
+            clean = encoder(batch["clean_values"], attention_mask=batch.get("attention_mask"), causal=True)
         times = torch.arange(outputs.last_hidden_state.shape[1], device=batch["frame_counts"].device)
         own = times < batch["frame_counts"][:, None]
         # The clips' own frames, one clip after the other: (B, T, C) -> (F, C)
-        contexts, features = outputs.last_hidden_state[own], outputs.extract_features[own]
+        contexts, features = outputs.last_hidden_state[own], clean.extract_features[own]
         left = (batch["frame_counts"][:, None] - times)[own]  # frames from this one to the end of its clip
         negatives = batch["frame_negative_indices"][:, : self.num_negatives]
 

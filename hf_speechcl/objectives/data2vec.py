@@ -42,7 +42,8 @@ class Data2Vec(Objective):
         ValueError: a decay above 1, or an encoder without layers.
 
     Source: Baevski et al. 2022, arXiv 2202.03555. Differs from it in taking whole layer outputs, of the last
-    layer after the final norm, rather than those of the feed-forward blocks.
+    layer after the final norm, rather than those of the feed-forward blocks, and in a teacher of its own from the front
+    end up, where the paper's shares all below the Transformer with the student.
     """
 
     uses_mask = True

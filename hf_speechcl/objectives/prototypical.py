@@ -15,8 +15,8 @@ def draw_episodes(
     """Which views are the support and which the queries of which episode.
 
     Classes are taken in the order of the clips' keys, n_way for an episode; the last episode is filled from the first
-    classes again, and if there are fewer than n_way in all, one episode holds them. Within a class first views come
-    before second ones, so that the support is of different clips where the class has several.
+    classes again, and if there are fewer than n_way in all, one episode holds them; one alone is none. Within a class
+    first views come before second ones, so that the support is of different clips where the class has several.
 
     Args:
         labels, keys: (N,) of the clips.
@@ -33,7 +33,7 @@ def draw_episodes(
         for clip in order:
             members.setdefault(names[clip], []).append(clip * num_views + view)
     classes = [rows for rows in members.values() if len(rows) > k_shot]
-    ways = min(n_way, len(classes))
+    ways = min(n_way, len(classes)) if len(classes) > 1 else 0
     num_episodes = -(-len(classes) // ways) if ways else 0
     places = [
         [classes[(episode * ways + way) % len(classes)] for way in range(ways)] for episode in range(num_episodes)

@@ -34,6 +34,10 @@ class SourceArguments:
 class CorpusArguments(SourceArguments):
     max_seconds_per_batch: float = option(40.0, "Seconds of audio in a batch on one device, padding included.")
 
+    def __post_init__(self):
+        if self.max_seconds_per_batch <= 0:
+            raise ValueError(f"max_seconds_per_batch must be positive, found {self.max_seconds_per_batch}")
+
 
 @dataclass
 class ClipArguments:
@@ -78,8 +82,9 @@ class PretrainingDataArguments(ClipArguments, CorpusArguments):
     units: str | None = option(None, "Folder of units, made by scripts/make_units.py, for the objective hubert.")
 
     def __post_init__(self):
-        super().__post_init__()
-        for name in ("mask_prob", "mask_span", "max_seconds_per_batch", "view_seconds"):
+        CorpusArguments.__post_init__(self)
+        ClipArguments.__post_init__(self)
+        for name in ("mask_prob", "mask_span", "view_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
         if self.max_clips_per_batch is not None and self.max_clips_per_batch < 1:
@@ -194,10 +199,12 @@ class SpeechTrainingArguments(TrainingArguments):
     hub_strategy: str = option("end", "When to push to the Hub: end, as the card says what a finished run has found.")
     decoded_gb: float = option(
         2.0,
-        "Gigabytes of decoded clips of each split that a process keeps, 115 MB an hour at 16 kHz, so that they are "
-        "decoded once; 0 for none. Without effect on the processes of dataloader_num_workers.",
+        "Gigabytes of decoded clips of each split, and of noise, that a process keeps, 115 MB an hour at 16 kHz, so "
+        "that they are decoded once; 0 for none. Without effect on the processes of dataloader_num_workers.",
     )
-    stop_on_collapse: int = option(0, "Stop after so many validations in a row that found a collapse; 0 goes on.")
+    stop_on_collapse: int = option(
+        0, "Stop after so many validations in a row that found a collapse; 0 goes on. Resumed runs count anew."
+    )
 
     def __post_init__(self):
         if self.stop_on_collapse < 0:

@@ -68,6 +68,7 @@ class ClassifierDataArguments(RegularizationArguments, ClipArguments, CorpusArgu
 
     def __post_init__(self):
         RegularizationArguments.__post_init__(self)
+        CorpusArguments.__post_init__(self)
         ClipArguments.__post_init__(self)
 
 

@@ -22,6 +22,7 @@ from ..data.folders import source_name, without_folders
 from ..data.units import Units, clip_names, units_table
 from ..distributed import leaves_launch
 from ..quantizers import perplexity
+from ..recognizer import find_device
 from .arguments import ClipArguments, SourceArguments
 from .unit_features import MFCC, EncoderLayer
 
@@ -65,7 +66,9 @@ class UnitArguments:
     fit_hours: float = option(100.0, "Hours of train, drawn at random, that the centroids are fitted on at most.")
     seed: int = option(0, "Of the clips to fit on, their order and the first centroids.")
     dataloader_num_workers: int = option(0, "Processes that decode audio.")
-    device: str = option("auto", "Where an encoder runs: cpu, or auto for the accelerator where there is one.")
+    device: str = option(
+        "auto", "Where an encoder runs: cpu, cuda:1 …, or auto for the accelerator where there is one."
+    )
 
     def __post_init__(self):
         if self.num_units < 2:
@@ -85,10 +88,10 @@ def build_features(args: UnitArguments) -> MFCC | EncoderLayer:
     given = {name: value for name, value in given.items() if value is not None}
     if args.features == "mfcc":
         return MFCC(**given)
-    state = PartialState(cpu=args.device == "cpu")
-    if state.num_processes > 1:
+    device = find_device(args.device)
+    if PartialState(cpu=device.type == "cpu").num_processes > 1:
         raise ValueError("units are made by one process: start the script without accelerate launch or torchrun")
-    features = EncoderLayer(args.features, args.layer, state.device)
+    features = EncoderLayer(args.features, args.layer, device)
     for name, value in given.items():
         if value != getattr(features, name):
             raise ValueError(f"{name}={value}, but {args.features} has {getattr(features, name)}: leave it out")

@@ -146,7 +146,14 @@ def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTrai
                 f"prototypical.num_views={views} of clips_per_label={data_args.clips_per_label} clips leave no query "
                 f"beside k_shot={needed - 1} of a label: raise clips_per_label, or leave num_views out"
             )
+    if data_args.corrupt_input and len(model.comparing) == len(model.objectives):
+        raise ValueError(
+            f"corrupt_input is for objectives on frames; {', '.join(model.comparing)} compare views, which "
+            "view_augmentations change: leave it out"
+        )
     corrupts = data_args.corrupt_input or model.collator_options().get("corrupt_input")
+    if not corrupts and data_args.corruptions != PretrainingDataArguments().corruptions:
+        raise ValueError("corruptions are of corrupted input: add --corrupt_input, or leave them out")
     if data_args.noise_corpus and not corrupts and not model.comparing:
         raise ValueError("noise_corpus is for views and corrupted input: add --corrupt_input, or leave it out")
     if data_args.label_column is not None and not model.comparing:
@@ -323,6 +330,9 @@ def build_trainer(
         from ..data.rooms import simulate_rooms
 
         simulate_rooms(config.sampling_rate)
+    for used in (collator.view_augmentation, collator.corruption):
+        if used is not None and used.noise is not None and args.dataloader_num_workers == 0:
+            used.noise.keep_decoded(args.decoded_gb * 1e9)
     return PretrainingTrainer(
         model=model,
         args=args,

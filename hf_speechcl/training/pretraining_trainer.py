@@ -284,6 +284,26 @@ class PretrainingTrainer(SpeechTrainer):
     def _compare_validation(self, objective: UtteranceObjective, parts: list[dict]) -> list[ObjectiveOutput]:
         """Clips of all ranks in groups that do not depend on the batches they were encoded in."""
         embedded = {key: torch.cat([part[key].to(self.args.device) for part in parts]) for key in parts[0]}
-        order = embedded["keys"].argsort(stable=True)
-        groups = order.tensor_split(-(-len(order) // EVALUATION_CLIPS) or 1)
+        together = -(-objective.views_per_class // objective.num_views)
+        groups = validation_groups(embedded["labels"].tolist(), embedded["keys"].tolist(), together)
         return [objective.compare({key: value[group] for key, value in embedded.items()}) for group in groups]
+
+
+def validation_groups(labels: list[int], keys: list[int], together: int) -> list[list[int]]:
+    """Places of the clips that are compared with each other, about `EVALUATION_CLIPS`, in the order of their keys.
+
+    Clips of a label stay side by side by so many as an objective needs of one (`together`), what is left of it comes
+    last: clips drawn one by one would mostly have no other of their label.
+    """
+    by_label: dict[int, list[int]] = {}
+    for place in sorted(range(len(keys)), key=keys.__getitem__):
+        by_label.setdefault(labels[place], []).append(place)
+    step = max(together, 1)
+    parts = [places[start : start + step] for places in by_label.values() for start in range(0, len(places), step)]
+    parts.sort(key=lambda part: (len(part) < step, keys[part[0]]))
+    num_groups, placed = -(-len(keys) // EVALUATION_CLIPS) or 1, 0
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    for part in parts:
+        groups[placed * num_groups // len(keys)] += part
+        placed += len(part)
+    return [group for group in groups if group]

@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+import numpy as np
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.columns import column_of
@@ -22,7 +24,8 @@ CLIPS = "clips"  # in it: which a run learns and validates
 # Training arguments that a run is not gone on with under other values: what differs would be passed over in silence.
 KEPT = (
     *("seed", "data_seed", "gradient_accumulation_steps", "grad_cache", "learning_rate", "head_learning_rate"),
-    *("layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "world_size"),
+    *("layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "world_size", "optim"),
+    *("max_grad_norm", "freeze_encoder_steps"),
 )
 
 
@@ -42,7 +45,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
     """The checkpoint folder to go on from, or None for a new run.
 
     Raises:
-        FileNotFoundError: the checkpoint asked for is not there or not complete.
+        FileNotFoundError: the checkpoint asked for is not there or not complete, or was saved without an optimizer.
         FileExistsError: no resume was asked for, or one from another folder, but this one holds checkpoints of an
             earlier run; or it holds a model and no checkpoint.
     """
@@ -58,19 +61,19 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
             "no complete checkpoint in %s: a new run" if newest is None else "resuming from %s",
             source_name(output_dir) if newest is None else newest.name,
         )
-        return None if newest is None else str(newest)
+        return None if newest is None else str(_with_optimizer(newest))
     if resume_from_checkpoint:
         if not _is_complete(Path(resume_from_checkpoint)):
             raise FileNotFoundError(
                 f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE_NAME}"
             )
-        is_own = Path(os.path.abspath(resume_from_checkpoint)).parent == Path(os.path.abspath(output_dir))
+        is_own = Path(resume_from_checkpoint).resolve().parent == Path(output_dir).resolve()
         if not is_own and (newest is not None or is_finished):
             raise FileExistsError(
                 f"{output_dir} holds {'a model' if newest is None else newest.name} already: give another --output_dir "
                 f"to go on from {resume_from_checkpoint}"
             )
-        return resume_from_checkpoint
+        return str(_with_optimizer(Path(resume_from_checkpoint)))
     if newest is not None:
         raise FileExistsError(
             f"{output_dir} holds {newest.name} of an earlier run: pass --resume_from_checkpoint last to go on with it, "
@@ -115,9 +118,10 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
         _write_options(file, current)
 
 
-def describe_clips(dataset: SpeechDataset) -> str:
-    """What tells the clips of a data set, and their order, from others."""
+def describe_clips(dataset: SpeechDataset, targets: Sequence) -> str:
+    """What tells the clips of a data set, their order and what each teaches, numbers or lists of these, from others."""
     digest = hashlib.sha256("\n".join(column_of(dataset.corpus, "id").to_pylist()).encode())
+    digest.update(json.dumps([np.asarray(target).tolist() for target in targets]).encode())
     digest.update((100 * dataset.durations).round().astype(int).tobytes())
     return f"{len(dataset)} clips #{digest.hexdigest()[:12]}"
 
@@ -154,6 +158,15 @@ def _write_options(file: Path, options: dict) -> None:
     begun = file.with_suffix(".begun")  # other processes may be reading what is there
     begun.write_text(json.dumps(options, indent=1), encoding="utf-8")
     begun.replace(file)
+
+
+def _with_optimizer(checkpoint: Path) -> Path:
+    if not (checkpoint / SCHEDULER_NAME).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} holds no optimizer, as --save_only_model asks: no run can go on with it; begin a new one "
+            "with its weights (--encoder, --model)"
+        )
+    return checkpoint
 
 
 def _is_complete(checkpoint: Path) -> bool:

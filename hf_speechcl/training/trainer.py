@@ -151,8 +151,15 @@ class SpeechTrainer(Trainer):
         checkpoint = (
             newest_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         )
-        datasets = {"train": self.train_dataset, "validation": self.eval_dataset}
-        keep_clips(self.args, checkpoint or None, {split: describe_clips(own) for split, own in datasets.items()})
+        splits = {
+            "train": (self.train_dataset, self.data_collator),
+            "validation": (self.eval_dataset, self.eval_collator),
+        }
+        clips = {
+            split: describe_clips(dataset, getattr(collator, "labels", dataset.labels))
+            for split, (dataset, collator) in splits.items()
+        }
+        keep_clips(self.args, checkpoint or None, clips)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):

@@ -3,8 +3,6 @@
 Both take one clip at a time, so that nothing is padded and a clip's units do not depend on others.
 """
 
-from pathlib import Path
-
 import numpy as np
 import scipy.fft
 import scipy.ndimage
@@ -12,7 +10,7 @@ import torch
 
 from ..configuration_speechcl import SpeechCLConfig
 from ..features import HiddenStates
-from ..hub import weights_digest
+from ..hub import may_be_model, weights_digest
 from ..modeling_speechcl import SpeechCLLogMel
 
 NUM_MEL_BINS, NUM_CEPSTRA, LIFTER = 23, 13, 22  # Kaldi's
@@ -70,7 +68,7 @@ class EncoderLayer:
     """Hidden states of one layer of an encoder of the wav2vec 2.0 family, in evaluation mode.
 
     Args:
-        name: folder, or Hub name as for `find_model`, for `AutoModel`.
+        name: folder, Hub name or `starter`, as for `find_model`, for `AutoModel`.
         layer: which of its `hidden_states`; 0 is what enters the first layer.
         device: to run it on.
 
@@ -82,8 +80,8 @@ class EncoderLayer:
     """
 
     def __init__(self, name: str, layer: int, device: torch.device | str = "cpu"):
-        if not Path(name).is_dir() and "/" not in name:
-            raise ValueError(f"features {name!r}: expected mfcc, a folder or a Hub name")
+        if not may_be_model(name):
+            raise ValueError(f"features {name!r}: expected mfcc, starter, a folder or a Hub name")
         self.hidden_states = HiddenStates.load(name, [layer], device)
         self.sampling_rate = self.hidden_states.sampling_rate
         self.samples_per_unit = self.hidden_states.samples_per_frame
