@@ -172,3 +172,7 @@ class SpeechCLConfig(PreTrainedConfig):
     def inputs_to_logits_ratio(self) -> int:
         """Waveform samples per encoder frame."""
         return self.hop_length * self.subsampling_factor
+
+    def num_frames(self, num_samples):
+        """Encoder frames of a waveform of `num_samples` (tensor or number)."""
+        return -(-num_samples // self.inputs_to_logits_ratio)

@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_speechcl import SpeechCLConfig
 
+PUSH_OPTIONS = "repo_id commit_message commit_description private token revision create_pr tags".split()
 REMOTE_CODE = {
     "AutoConfig": "configuration_speechcl.SpeechCLConfig",
     "AutoModel": "modeling_speechcl.SpeechCLModel",
@@ -394,11 +395,12 @@ class SpeechCLPreTrainedModel(PreTrainedModel):
 
     def _get_feat_extract_output_lengths(self, input_lengths: torch.Tensor | int) -> torch.Tensor | int:
         """Encoder frames of a waveform of `input_lengths` samples (tensor or number)."""
-        return -(-input_lengths // self.config.inputs_to_logits_ratio)
+        return self.config.num_frames(input_lengths)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As `PreTrainedModel.save_pretrained`; adds the two modelling files, so that the folder loads by
         `trust_remote_code=True` where hf_speechcl is not installed."""
+        of_push = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
         self.config.auto_map = dict(REMOTE_CODE)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name in ("configuration_speechcl.py", "modeling_speechcl.py"):
@@ -406,6 +408,8 @@ class SpeechCLPreTrainedModel(PreTrainedModel):
             if source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
         super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:  # which saves anew: what is uploaded by super() is what it has written itself
+            self.push_to_hub(of_push.pop("repo_id", Path(save_directory).name), **of_push)
 
 
 class SpeechCLModel(SpeechCLPreTrainedModel):

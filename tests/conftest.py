@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
+import transformers.utils.hub
 from huggingface_hub import constants
 
 import hf_speechcl.hub
@@ -113,6 +114,7 @@ def hub(tmp_path, monkeypatch):
         "HF_TOKEN": TOKEN,
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that is kept, with the Hub of another test
     monkeypatch.setattr(hf_speechcl.hub, "RETRY_SECONDS", (0.01, 0.01, 0.01))
     yield hub
     hub.stop()

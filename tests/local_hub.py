@@ -555,7 +555,7 @@ def card_problems(text):
 
     def texts(key, pattern=".+"):
         values = data[key] if isinstance(data[key], list) else [data[key]]
-        good = values and all(isinstance(value, str) and re.fullmatch(pattern, value) for value in values)
+        good = all(isinstance(value, str) and re.fullmatch(pattern, value) for value in values)
         check(good, key, f"one or more texts like {pattern}")
 
     patterns = {"language": "[a-z]{2,3}(-[A-Za-z]+)?|multilingual|code", "datasets": NAME, "base_model": NAME}

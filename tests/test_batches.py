@@ -1,5 +1,7 @@
 """Masks, negatives, batches and collators, on real clips."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -128,7 +130,7 @@ def test_batches_may_be_limited_in_clips():
 def test_batches_of_labels_hold_as_many_clips_of_each(sizes, clips_per_batch, clips_per_label, world_size):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     if clips_per_batch < 2 * clips_per_label:
-        with pytest.raises(ValueError, match="raise max_seconds_per_batch, or lower clips_per_label"):
+        with pytest.raises(ValueError, match="raise max_seconds_per_batch, and max_clips"):
             LabelBatchSampler(labels, clips_per_batch, clips_per_label)
         return
     for rank in range(world_size):
@@ -292,3 +294,9 @@ def test_corrupted_input_keeps_the_clean_one_and_the_masks(clips):
 def test_no_attention_mask_where_nothing_is_padded(clips):
     assert "attention_mask" not in PretrainingCollator(frames)(make_items(clips[:1]))
     assert "attention_mask" in PretrainingCollator(frames)(make_items(clips[:2]))
+
+
+def test_collators_are_small_to_send_to_another_process(config):
+    collator = CTCCollator(config.num_frames, [[1, 2]])
+    assert len(pickle.dumps(collator)) < 10_000
+    assert pickle.loads(pickle.dumps(collator)).frame_length(16000) == 25

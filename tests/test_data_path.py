@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_speechcl import SpeechDataset, load_corpus
-from hf_speechcl.data.audio import AudioError, read_audio, to_float32, to_int16
+from hf_speechcl.data.audio import AudioError, read_audio, stream_audio, to_float32, to_int16
 from hf_speechcl.training.trainer import ahead
-from tests.conftest import SMALL_OBJECTIVES, quieter
+from tests.conftest import SMALL_OBJECTIVES, quieter, wav_bytes
 from tests.trainers import make_pretraining_trainer
 
 
@@ -75,8 +75,10 @@ def test_samples_of_16_bits_give_the_inputs_that_float32_gives(audio_folder, tmp
 
 def test_samples_beyond_full_scale_are_cut_off_and_those_of_another_scale_refused():
     assert to_int16(np.float32([0, 0.5, 1.1, -1.1, 2**-15])).tolist() == [0, 16384, 32767, -32768, 1]
-    with pytest.raises(AudioError, match="samples of up to 2e.04, expected -1 to 1"):
-        to_int16(np.float32([0, -20000]))
+    clip = {"bytes": wav_bytes(np.float32([0, -20000] * 800), subtype="FLOAT"), "path": None}
+    for read in (read_audio, lambda *args: list(stream_audio(*args))):
+        with pytest.raises(AudioError, match="samples of up to 2e.04, expected -1 to 1"):
+            read(clip, 8000)
 
 
 def test_clips_are_decoded_once_as_far_as_there_is_room(corpus, monkeypatch):

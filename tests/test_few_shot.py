@@ -159,6 +159,13 @@ def test_classifiers_that_cannot_be_used_are_refused(config, tmp_path):
         PrototypicalClassifier(torch.nn.Linear(2, 2))
 
 
+def test_clips_of_an_unknown_group_are_in_no_episode():
+    sampler = EpisodeSampler(
+        ["a", "b"] * 6, n_way=2, k_shot=1, n_query=9, min_clips=2, groups=[None] * 4 + [0] * 4 + [1] * 4
+    )
+    assert {row for parts in sampler.members.values() for part in parts for row in part} == set(range(4, 12))
+
+
 def test_episodes_never_ask_for_an_example_and_keep_groups_apart():
     labels = ["a"] * 9 + ["b"] * 9 + ["c"] * 9 + [None] + ["few"] * 3
     groups = [number % 2 for number in range(len(labels))]

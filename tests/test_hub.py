@@ -111,6 +111,13 @@ def test_pretrained_folder_loads_by_name_and_trains_on(hub, trained, tmp_path):
     assert ModelCard.load(tmp_path / "tuned" / "README.md").data.base_model == "tester/encoder"
 
 
+def test_saving_and_pushing_at_once_sends_the_code_too(hub, config, tmp_path, clips):
+    SpeechCLForCTC(config).save_pretrained(tmp_path / "my-model", push_to_hub=True, private=True, token=TOKEN)
+    sent = set(HfApi().list_repo_files("tester/my-model", token=TOKEN))
+    assert sent >= {"config.json", "model.safetensors", "configuration_speechcl.py", "modeling_speechcl.py"}
+    assert (tmp_path / "my-model/model.safetensors").exists()
+
+
 def test_revisions_and_snapshots_load_what_was_published_as_them(hub, trained, tmp_path, clips):
     config = SpeechCLConfig.from_pretrained(trained / "encoder")
     folder = tmp_path / "model"
@@ -512,6 +519,8 @@ def test_corpus_loads_by_its_name_on_the_hub(hub, audio_folder):
     assert corpus_splits("tester/prompts") == ["train", "validation", "test"]
     train, validation = load_train_and_validation("tester/prompts", require_text=True)
     assert (len(train), len(validation)) == (406, 60)
+    _, tenth = load_train_and_validation("tester/prompts", validation_split="validation[:10%]")
+    assert tenth["id"] == validation["id"][:6]
     other = load_corpus("tester/other:clean", audio_column="speech", text_column="sentence")
     assert other.column_names == ["id", "audio", "text", "duration"]
     assert len(other) == 83

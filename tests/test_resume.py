@@ -24,7 +24,11 @@ from tests.conftest import FAST_RUN, ROOT, TINY_OPTIONS
 def test_a_run_does_not_go_on_under_other_options(tmp_path, monkeypatch):
     def keep(checkpoint, **changes):
         of_training = {"output_dir": str(tmp_path), "seed": 0}
-        of_training |= {name: changes.pop(name) for name in (*of_training, "learning_rate") if name in changes}
+        of_training |= {
+            name: changes.pop(name)
+            for name in (*of_training, "learning_rate", "optim", "max_grad_norm")
+            if name in changes
+        }
         args = SpeechTrainingArguments(use_cpu=True, **of_training)
         keep_options(args, checkpoint, PretrainingDataArguments(**changes))
 
@@ -38,6 +42,10 @@ def test_a_run_does_not_go_on_under_other_options(tmp_path, monkeypatch):
     assert not (tmp_path / "another").exists()
     with pytest.raises(ValueError, match=r"learning_rate=0.0005, now 0.1"):
         keep(checkpoint, learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"max_grad_norm=1.0, now 0.5"):
+        keep(checkpoint, max_grad_norm=0.5)
+    with pytest.raises(ValueError, match=r"optim=.*, now .*sgd"):
+        keep(checkpoint, optim="sgd")
     monkeypatch.setattr(SpeechTrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match=r"world_size=1, now 2"):
         keep(checkpoint)

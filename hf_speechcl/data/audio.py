@@ -130,7 +130,8 @@ def read_audio(
         (S,) float32 in [-1, 1].
 
     Raises:
-        AudioError: not an audio file, truncated (fewer samples than its header says), or not finite.
+        AudioError: not an audio file, truncated (fewer samples than its header says), not finite, or of a scale of its
+            own, as some programs write floating-point files.
     """
     file, num_samples = _open(audio)
     with file:
@@ -144,21 +145,23 @@ def read_audio(
             raise AudioError(f"cannot be decoded: {error.error_string}") from None
     if len(samples) < count:
         raise AudioError(f"truncated: {len(samples) / rate:.2f} s of {count / rate:.2f} s can be decoded")
-    if not np.isfinite(samples).all():
-        raise AudioError("holds samples that are not finite")
+    _check_scale(samples)
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     return mono if rate == sampling_rate else soxr.resample(mono, rate, sampling_rate)
 
 
-def to_int16(samples: np.ndarray) -> np.ndarray:
-    """(S,) float32 in [-1, 1] → (S,) int16, rounded; what lies beyond full scale is cut off.
-
-    Raises:
-        AudioError: samples of a scale of their own, as some programs write them into floating-point files.
-    """
-    scaled = samples * np.float32(FULL_SCALE)
-    if len(scaled) and (peak := max(scaled.max(), -scaled.min()) / FULL_SCALE) > MAX_PEAK:
+def _check_scale(samples: np.ndarray) -> None:
+    """Refuse samples (S, channels) that are not finite or far from [-1, 1]."""
+    peak = max(samples.max(), -samples.min()) if samples.size else 0
+    if not np.isfinite(peak):
+        raise AudioError("holds samples that are not finite")
+    if peak > MAX_PEAK:
         raise AudioError(f"holds samples of up to {peak:.4g}, expected -1 to 1: scale them")
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """(S,) float32 in [-1, 1] → (S,) int16, rounded; what lies beyond full scale is cut off."""
+    scaled = samples * np.float32(FULL_SCALE)
     np.rint(scaled, out=scaled)
     return np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1, out=scaled).astype(np.int16)
 
@@ -184,8 +187,7 @@ def stream_audio(audio: dict[str, Any], sampling_rate: int, block_seconds: float
                 samples = file.read(size, dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as error:
                 raise AudioError(f"cannot be decoded: {error.error_string}") from None
-            if not np.isfinite(samples).all():
-                raise AudioError("holds samples that are not finite")
+            _check_scale(samples)
             done += len(samples)
             is_last = len(samples) < size
             mono = samples.mean(axis=1)

@@ -112,7 +112,7 @@ class PretrainingCollator:
     What is drawn for a clip depends on its seed alone.
 
     Args:
-        frame_length: encoder frames of a number of samples (`_get_feat_extract_output_lengths`).
+        frame_length: encoder frames of a number of samples (`SpeechCLConfig.num_frames`).
         mask_prob, mask_span: see `span_mask`; the span is in encoder frames.
         num_negatives, num_frame_negatives: negatives for a masked frame, for any frame.
         corrupt_input: corrupt the input; targets are made of the clean one.

@@ -97,7 +97,7 @@ def load_train_and_validation(
     for name in [sources] if isinstance(sources, str) else sources:
         source = _open(name, columns)
         corpus = _join([_load(source, train_split, columns)], train_split, [name])
-        if validation_split in source.splits:
+        if validation_split.partition("[")[0] in source.splits:  # of the Hub also a part, validation[:10%]
             train.append(corpus)
             rows = _load(source, validation_split, columns)
             validation.append(_join([rows], validation_split, [name]))

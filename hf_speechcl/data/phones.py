@@ -23,7 +23,7 @@ class PhoneClip:
         phones: of the P phones that end within the samples, in order.
         ends: (P,) seconds from the clip's start at which they end. A phone starts where the one before ends, the first
             at 0.
-        speaker: "" where it is not known.
+        speaker: "" where none is known, the clip's id where those of others are.
     """
 
     samples: np.ndarray
@@ -67,7 +67,8 @@ def load_phone_clips(
         max_clips: how many are decoded at most, the first `MAX_SECONDS` of each.
         phones_column: column of lists of phones.
         phone_ends_column: column of lists of the phones' ends in seconds.
-        speaker_column: column of speakers; a corpus without it counts as one speaker.
+        speaker_column: column of speakers; a corpus without it counts as one speaker, of others a clip without one as
+            a speaker of its own.
 
     Raises:
         ValueError: a column of phones or ends is missing or holds something else, or no clip can be used.
@@ -75,6 +76,7 @@ def load_phone_clips(
     lists = {phones_column: pyarrow.string(), phone_ends_column: pyarrow.float64()}
     corpus = load_corpus(sources, split, audio_column, keep_columns=(speaker_column,), list_columns=lists)
     clips, skipped = [], 0
+    is_known = any(speaker is not None for speaker in corpus[speaker_column])
     for row in np.random.default_rng(seed).permutation(len(corpus)).tolist():
         if len(clips) == max_clips:
             break
@@ -85,7 +87,8 @@ def load_phone_clips(
             inside = int(np.searchsorted(ends, len(samples) / sampling_rate + 0.01, side="right"))
             if inside == 0:
                 raise AudioError("no phone ends within its audio")
-            clips.append(PhoneClip(samples, phones[:inside], ends[:inside], clip[speaker_column] or ""))
+            speaker = clip[speaker_column] or (clip["id"] if is_known else "")
+            clips.append(PhoneClip(samples, phones[:inside], ends[:inside], speaker))
         except AudioError as error:
             skipped += 1
             logger.warning("skipped %s: %s", clip["id"], error)

@@ -25,9 +25,10 @@ class EpisodeSampler:
         labels: (N,) class of every clip, None where it has none.
         n_way, k_shot, n_query: of an episode.
         min_clips: classes of fewer clips are left out; k_shot + 1 at least.
-        groups: (N,) of every clip, such as its speaker or where it was recorded. With them, all examples of a class are
-            of one group, drawn anew for each episode, and its queries are of its other groups: what the clips of one
-            group share is then no help. Groups of fewer than k_shot clips are left out, and then classes of one group.
+        groups: (N,) of every clip, such as its speaker or where it was recorded; a clip of None is left out. With them,
+            all examples of a class are of one group, drawn anew for each episode, and its queries are of its other
+            groups: what the clips of one group share is then no help. Groups of fewer than k_shot clips are left out,
+            and then classes of one group.
 
     Attributes:
         members: `{class: rows of each of its groups}` of the classes that are left.
@@ -39,7 +40,7 @@ class EpisodeSampler:
     def __init__(self, labels: list, n_way: int, k_shot: int, n_query: int, min_clips: int, groups: list | None = None):
         places: dict = defaultdict(lambda: defaultdict(list))
         for row, label in enumerate(labels):
-            if label is not None:
+            if label is not None and (groups is None or groups[row] is not None):
                 places[label][None if groups is None else groups[row]].append(row)
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.members: dict = {}

@@ -40,7 +40,7 @@ class CPC(Objective):
         num_negatives: frames of the same clip that each true frame is told from (10).
 
     Source: van den Oord et al. 2018, arXiv 1807.03748. Differs from it in the context network: a causal Transformer
-    for a GRU, so that the whole encoder is trained.
+    for a GRU, so that the whole encoder is trained. Corrupted input costs another pass, over the clean clip.
     """
 
     remedy = "lower learning_rate, raise cpc.num_negatives."
@@ -66,7 +66,7 @@ class CPC(Objective):
         outputs = encoder(batch["input_values"], attention_mask=batch.get("attention_mask"), causal=True)
         clean = outputs
         if "clean_values" in batch:
-            clean = encoder(batch["clean_values"], attention_mask=batch.get("attention_mask"), causal=True)
+            clean = encoder(batch["clean_values"], attention_mask=batch.get("attention_mask"))
         times = torch.arange(outputs.last_hidden_state.shape[1], device=batch["frame_counts"].device)
         own = times < batch["frame_counts"][:, None]
         # The clips' own frames, one clip after the other: (B, T, C) -> (F, C)

@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     model = build_model(SpeechCLForSequenceClassification, model_args, config)
     tuner = choose_trained(model, model_args, args, data_args.mask_time_prob > 0)
-    frame_length = model._get_feat_extract_output_lengths
+    frame_length = config.num_frames
     trainer = ClassificationTrainer(
         model=model,
         args=args,

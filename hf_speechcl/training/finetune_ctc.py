@@ -95,10 +95,10 @@ class CTCDataArguments(RegularizationArguments, CorpusArguments):
     max_seconds: float = option(30.0, "Longer clips are left out.")
 
     def __post_init__(self):
-        super().__post_init__()
-        for name in ("max_seconds", "max_seconds_per_batch"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        RegularizationArguments.__post_init__(self)
+        CorpusArguments.__post_init__(self)
+        if self.max_seconds <= 0:
+            raise ValueError(f"max_seconds must be positive, found {self.max_seconds}")
         if self.vocabulary is not None and self.vocabulary not in VOCABULARIES:
             raise ValueError(f"vocabulary must be {', '.join(VOCABULARIES)}, found {self.vocabulary!r}")
         if self.vocab_size is not None and self.vocabulary not in ("unigram", "bpe"):
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     config.ctc_loss_reduction = "sum"
     model = build_model(SpeechCLForCTC, model_args, config)
     tuner = choose_trained(model, model_args, args, data_args.mask_time_prob > 0)
-    frame_length = model._get_feat_extract_output_lengths
+    frame_length = config.num_frames
     datasets, labels, references = [], [], []
     for split, name in enumerate(("train", "validation")):
         kept, kept_labels, report = preflight(

@@ -86,11 +86,11 @@ def build_features(args: UnitArguments) -> MFCC | EncoderLayer:
     """What the options ask to cluster; a rate that an encoder does not have is refused."""
     given = {name: getattr(args, name) for name in ("sampling_rate", "samples_per_unit")}
     given = {name: value for name, value in given.items() if value is not None}
-    if args.features == "mfcc":
-        return MFCC(**given)
     device = find_device(args.device)
     if PartialState(cpu=device.type == "cpu").num_processes > 1:
         raise ValueError("units are made by one process: start the script without accelerate launch or torchrun")
+    if args.features == "mfcc":
+        return MFCC(**given)
     features = EncoderLayer(args.features, args.layer, device)
     for name, value in given.items():
         if value != getattr(features, name):

@@ -153,7 +153,14 @@ def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTrai
         )
     corrupts = data_args.corrupt_input or model.collator_options().get("corrupt_input")
     if not corrupts and data_args.corruptions != PretrainingDataArguments().corruptions:
-        raise ValueError("corruptions are of corrupted input: add --corrupt_input, or leave them out")
+        raise ValueError(
+            "corruptions are of corrupted input: "
+            + (
+                "add --corrupt_input, or leave them out"
+                if len(model.comparing) < len(model.objectives)
+                else f"{', '.join(model.comparing)} compare views, which view_augmentations change"
+            )
+        )
     if data_args.noise_corpus and not corrupts and not model.comparing:
         raise ValueError("noise_corpus is for views and corrupted input: add --corrupt_input, or leave it out")
     if data_args.label_column is not None and not model.comparing:
@@ -179,7 +186,7 @@ def build_collator(
     options = model.collator_options()
     options["corrupt_input"] = bool(options.get("corrupt_input")) or data_args.corrupt_input
     collator = PretrainingCollator(
-        model._get_feat_extract_output_lengths,
+        config.num_frames,
         mask_prob=data_args.mask_prob,
         mask_span=max(1, round(data_args.mask_span * config.sampling_rate / config.inputs_to_logits_ratio)),
         max_view_samples=round(data_args.view_seconds * config.sampling_rate),

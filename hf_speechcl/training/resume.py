@@ -41,8 +41,14 @@ def updates_at(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str | None:
+def find_checkpoint(
+    output_dir: str, resume_from_checkpoint: str | None, optimizer_file: str = SCHEDULER_NAME
+) -> str | None:
     """The checkpoint folder to go on from, or None for a new run.
+
+    Args:
+        output_dir, resume_from_checkpoint: as in the training arguments.
+        optimizer_file: what a checkpoint has that was saved with its optimizer.
 
     Raises:
         FileNotFoundError: the checkpoint asked for is not there or not complete, or was saved without an optimizer.
@@ -61,7 +67,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
             "no complete checkpoint in %s: a new run" if newest is None else "resuming from %s",
             source_name(output_dir) if newest is None else newest.name,
         )
-        return None if newest is None else str(_with_optimizer(newest))
+        return None if newest is None else str(_with_optimizer(newest, optimizer_file))
     if resume_from_checkpoint:
         if not _is_complete(Path(resume_from_checkpoint)):
             raise FileNotFoundError(
@@ -73,7 +79,7 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None) -> str 
                 f"{output_dir} holds {'a model' if newest is None else newest.name} already: give another --output_dir "
                 f"to go on from {resume_from_checkpoint}"
             )
-        return str(_with_optimizer(Path(resume_from_checkpoint)))
+        return str(_with_optimizer(Path(resume_from_checkpoint), optimizer_file))
     if newest is not None:
         raise FileExistsError(
             f"{output_dir} holds {newest.name} of an earlier run: pass --resume_from_checkpoint last to go on with it, "
@@ -118,10 +124,11 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
         _write_options(file, current)
 
 
-def describe_clips(dataset: SpeechDataset, targets: Sequence) -> str:
+def describe_clips(dataset: SpeechDataset, targets: Sequence | None = None) -> str:
     """What tells the clips of a data set, their order and what each teaches, numbers or lists of these, from others."""
     digest = hashlib.sha256("\n".join(column_of(dataset.corpus, "id").to_pylist()).encode())
-    digest.update(json.dumps([np.asarray(target).tolist() for target in targets]).encode())
+    if targets is not None:
+        digest.update(json.dumps([np.asarray(target).tolist() for target in targets]).encode())
     digest.update((100 * dataset.durations).round().astype(int).tobytes())
     return f"{len(dataset)} clips #{digest.hexdigest()[:12]}"
 
@@ -160,8 +167,8 @@ def _write_options(file: Path, options: dict) -> None:
     begun.replace(file)
 
 
-def _with_optimizer(checkpoint: Path) -> Path:
-    if not (checkpoint / SCHEDULER_NAME).is_file():
+def _with_optimizer(checkpoint: Path, optimizer_file: str) -> Path:
+    if not (checkpoint / optimizer_file).is_file():
         raise FileNotFoundError(
             f"{checkpoint} holds no optimizer, as --save_only_model asks: no run can go on with it; begin a new one "
             "with its weights (--encoder, --model)"

@@ -155,10 +155,10 @@ class SpeechTrainer(Trainer):
             "train": (self.train_dataset, self.data_collator),
             "validation": (self.eval_dataset, self.eval_collator),
         }
-        clips = {
-            split: describe_clips(dataset, getattr(collator, "labels", dataset.labels))
-            for split, (dataset, collator) in splits.items()
-        }
+        clips = {}
+        for split, (dataset, collator) in splits.items():
+            targets = getattr(collator, "labels", dataset.labels if dataset.has_labels else None)
+            clips[split] = describe_clips(dataset, targets)
         keep_clips(self.args, checkpoint or None, clips)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

@@ -84,7 +84,7 @@ def main() -> None:
 def _posteriors(recognizer, corpus, count=None) -> list:
     """Log-posteriors and reference of the clips that have one, spread over the corpus."""
     rows = [row for row in range(len(corpus)) if normalize_text(corpus[row]["text"] or "")]
-    rows = rows[:: max(1, len(rows) // count) if count else 1]
+    rows = rows[:: -(-len(rows) // count) or 1] if count else rows
     return [
         (
             recognizer.log_probs([read_audio(corpus[row]["audio"], recognizer.sampling_rate)])[0],

@@ -27,6 +27,7 @@ from hf_speechcl.training.trainer import finish_run
 logger = logging.getLogger("peer")
 
 SAMPLING_RATE = 16000
+STATE = "state.pt"  # of a checkpoint: optimizer, generators, counters
 WARM_UP = 0.08  # share of the run: 32,000 of 400,000 updates in the paper
 TEMPERATURES = (2.0, 0.5)  # of the Gumbel softmax, the lower one reached after 0.7 of the run: 277,000 of 400,000
 TEMPERATURE_ANNEAL = 0.7
@@ -220,7 +221,7 @@ class PeerPretraining:
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {"optimizer": self.optimizer.state_dict(), "random": random, "counters": counters}
-        torch.save(state, folder / "state.pt")
+        torch.save(state, folder / STATE)
         self.save(folder)
         for other in folder.parent.glob("checkpoint-*"):
             if other != folder:
@@ -229,7 +230,7 @@ class PeerPretraining:
     def load_checkpoint(self, folder: Path) -> None:
         # In place, as the optimizer holds the model's parameters.
         self.model.load_state_dict(Wav2Vec2ForPreTraining.from_pretrained(folder).state_dict())
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda":
@@ -252,7 +253,7 @@ def load_corpora(args: CorpusArguments, **columns) -> tuple:
 def pretrain(argv: list[str]) -> None:
     (args,) = parse_arguments(PRETRAINING_ARGUMENTS, DESCRIPTION, argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, STATE)
     train, _ = load_corpora(args)
     dataset = SpeechDataset(train, SAMPLING_RATE, args.seed, args.max_seconds, args.min_seconds, in_16_bits=False)
     dataset.keep_decoded(2e9)

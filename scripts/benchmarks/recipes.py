@@ -133,6 +133,8 @@ def read_config(file: Path) -> dict:
         _check(arm, "arm", f"arms.{name}")
         for number, stage in enumerate(arm.get("stages", [])):
             _check(stage, "stage", f"arms.{name}.stages[{number}]")
+            if "max_steps" in stage.get("pretraining", {}):
+                raise ValueError(f"arms.{name}.stages[{number}]: max_steps is shared out among stages: give a share")
         _check_by_labels(arm, f"arms.{name}", every_size)
         for tier, changes in arm.get("tiers", {}).items():
             if tier not in config["tiers"]:
