@@ -397,7 +397,7 @@ class SpeechCLPreTrainedModel(PreTrainedModel):
         """Encoder frames of a waveform of `input_lengths` samples (tensor or number)."""
         return self.config.num_frames(input_lengths)
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, *, push_to_hub: bool = False, **kwargs):
         """As `PreTrainedModel.save_pretrained`; adds the two modelling files, so that the folder loads by
         `trust_remote_code=True` where hf_speechcl is not installed."""
         of_push = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
@@ -408,7 +408,8 @@ class SpeechCLPreTrainedModel(PreTrainedModel):
             if source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
         super().save_pretrained(save_directory, **kwargs)
-        if push_to_hub:  # which saves anew: what is uploaded by super() is what it has written itself
+        # Asked to push, super() would send what it has written itself, without the modelling files.
+        if push_to_hub and kwargs.get("is_main_process", True):
             self.push_to_hub(of_push.pop("repo_id", Path(save_directory).name), **of_push)
 
 
