@@ -27,7 +27,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
-from .cards import CARD, CURVES, error_rate_results, fill_results, rename_model, result_key
+from .cards import CARD, error_rate_results, fill_results, rename_model, result_key
+from .curves import CURVES
 from .modeling_speechcl import REMOTE_CODE
 
 logger = logging.getLogger(__name__)

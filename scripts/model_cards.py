@@ -16,7 +16,8 @@ from pathlib import Path
 # Python puts this folder on its path, where evaluate.py would hide the package evaluate.
 sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
-from hf_speechcl.cards import CARD, CURVES  # noqa: E402
+from hf_speechcl.cards import CARD  # noqa: E402
+from hf_speechcl.curves import CURVES  # noqa: E402
 from hf_speechcl.hub import published_files  # noqa: E402
 
 

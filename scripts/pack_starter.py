@@ -20,7 +20,8 @@ sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__fi
 import torch  # noqa: E402
 
 from hf_speechcl import SpeechCLConfig, SpeechCLForPreTraining  # noqa: E402
-from hf_speechcl.cards import CARD, CURVES  # noqa: E402
+from hf_speechcl.cards import CARD  # noqa: E402
+from hf_speechcl.curves import CURVES  # noqa: E402
 from hf_speechcl.hub import CODE, STARTER, WEIGHTS, published_files  # noqa: E402
 
 LARGEST = 20e6  # bytes

@@ -15,7 +15,7 @@ sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__fi
 from transformers import pipeline  # noqa: E402
 
 import hf_speechcl  # noqa: E402, F401  (registers the model classes)
-from hf_speechcl.cards import plot_curves  # noqa: E402
+from hf_speechcl.curves import CURVES, plot_curves  # noqa: E402
 from hf_speechcl.data import load_corpus  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
 from hf_speechcl.text import normalize_text  # noqa: E402
@@ -27,7 +27,7 @@ def main(folder: Path, seconds: float) -> None:
         label: json.loads((folder / run / "trainer_state.json").read_text())["log_history"]
         for label, run in {"pre-training": "encoder", "pre-trained": "recognizer", "from scratch": "scratch"}.items()
     }
-    plot_curves(histories, folder / "curves.png")
+    plot_curves(histories, folder / CURVES)
 
     recognizer = pipeline("automatic-speech-recognition", model=str(folder / "recognizer"))
     test = load_corpus("demo", "test")
@@ -52,7 +52,7 @@ def main(folder: Path, seconds: float) -> None:
             print(f"    with n-gram {with_ngram[row['id']]}")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    print(f"\nCurves: {folder / 'curves.png'}\nModel with its card: {folder / 'recognizer'}\nTime: {seconds:.0f} s")
+    print(f"\nCurves: {folder / CURVES}\nModel with its card: {folder / 'recognizer'}\nTime: {seconds:.0f} s")
     print(
         "\nNext, your own audio:\n"
         f"  {python} scripts/make_units.py --corpus YOUR_FOLDER --output_dir runs/units\n"

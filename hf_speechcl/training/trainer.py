@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..cards import CURVES, plot_curves
+from ..curves import CURVES, plot_curves
 from ..data.batching import DurationBatchSampler
 from ..data.collators import float_waveforms
 from ..data.dataset import SpeechDataset
