@@ -213,6 +213,7 @@ def test_unknown_names_in_the_yaml_are_refused(scripts, tmp_path):
         r"arms.y.tiers.T1: unknown self_training_by_label;": {"T1": {"self_training_by_label": {}}},
         r"by_labels: there is no label size '1O'; expected 0.1, all": {"T1": {"self_training_by_labels": {"1O": {}}}},
         r"T1.self_training_by_labels.all: unknown round;": {"T1": {"self_training_by_labels": {"all": {"round": 2}}}},
+        r"expected one round of self-training at least, found rounds: 0": {"T1": {"self_training": {"rounds": 0}}},
         r"T2.finetuning_by_labels: there is no label size 3": {"T2": {"finetuning_by_labels": {3: {}}}},
     }
     for message, of_tiers in changes.items():

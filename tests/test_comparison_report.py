@@ -123,7 +123,10 @@ def test_convergence_is_not_asked_of_a_short_last_training(scripts, tmp_path):
     assert "| scratch_self_trained ‡ | 10.0% (n=1) |" in report
 
 
-def test_columns_whose_best_arm_is_useless_do_not_count(scripts, tmp_path):
+def test_columns_whose_best_arm_is_useless_do_not_count(scripts, tmp_path, caplog):
     config = scripts.recipes.read_config(YAML)
+    elsewhere = {**make_row("best_rq", 0, "3", [1, 1], [10, 10]), "tier": "T9"}
+    assert "T9" not in scripts.comparison_report.write_report([elsewhere], config, tmp_path)
+    assert "not in the report: rows of T9" in caplog.text
     rows = [make_row("best_rq", 0, "3", [6, 6], [10, 10])]
     assert "| best_rq | 60.0% (n=1) † |" in scripts.comparison_report.write_report(rows, config, tmp_path)

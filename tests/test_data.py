@@ -387,6 +387,21 @@ def test_held_out_clips_stay_held_out_when_a_folder_grows(tmp_path, clips):
     assert set(validation["id"]) <= set(larger["id"])
 
 
+@pytest.mark.parametrize(("column", "options"), [("text", {"require_text": True}), ("word", {"label_column": "word"})])
+def test_held_out_clips_are_of_those_that_can_be_scored(tmp_path, clips, column, options):
+    for number in range(30):
+        soundfile.write(tmp_path / f"{number}.wav", clips[0], 16000)
+    named = [f"{number}.wav,on" for number in range(20, 23)]
+    (tmp_path / "metadata.csv").write_text("\n".join([f"file_name,{column}", *named]))
+    train, validation = load_train_and_validation(str(tmp_path), validation_fraction=0.1, **options)
+    assert len(validation) == 1
+    assert validation["id"][0] in ("20.wav", "21.wav", "22.wav")
+    assert len(train) == 29
+    (tmp_path / "metadata.csv").write_text("\n".join([f"file_name,{column}", named[0]]))
+    with pytest.raises(ValueError, match=rf"holds one clip only with a {'text' if column == 'text' else 'label'}, and"):
+        load_train_and_validation(str(tmp_path), **options)
+
+
 # ---- data set ----
 
 

@@ -104,6 +104,16 @@ def test_batches_are_the_same_whoever_makes_them(corpus, tmp_path):
     torch.testing.assert_close(made_by_process, expected, rtol=0, atol=0)
 
 
+def test_batches_made_ahead_by_processes_that_stay_are_of_every_epoch(corpus, tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "no"}
+    trainer = make_pretraining_trainer(
+        corpus, tmp_path, {"best_rq": {"codebook_size": 8}}, num_train_epochs=3, save_strategy="no", **options
+    )
+    trainer.makes_ahead = True
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps > len(trainer.get_train_dataloader())
+
+
 def test_items_are_made_ahead_in_order_and_an_error_comes_in_its_place():
     made = []
 

@@ -421,7 +421,7 @@ def test_scores_go_into_the_card_of_the_model_when_asked_for(labelled_folder, mo
         (["--compare_with", "/no/such.json"], "compare_with: /no/such.json cannot be read"),
         (["--model", "/no/such"], "no folder /no/such here, and no Hub name"),
         (["--slice_columns", "room"], "slice_columns: demo has nothing in room"),
-        (["--slice_columns", "text"], "keep_columns: text would hide"),
+        (["--slice_columns", "text"], "slice_columns: text is no column to score clips by"),
     ],
 )
 def test_wrong_option_is_named(arguments, message, model_folder, capsys):

@@ -21,7 +21,7 @@ from hf_speechcl.evaluation.classification import classification_rates
 from hf_speechcl.recognizer import SpeechRecognizer
 from hf_speechcl.training import ctc_trainer
 from hf_speechcl.training.ctc_trainer import BlankGuard, CTCTrainer, CTCTrainingArguments
-from hf_speechcl.training.finetune_classifier import ClassificationTrainer, ClassifierTrainingArguments
+from hf_speechcl.training.finetune_classifier import ClassificationTrainer, ClassifierTrainingArguments, class_names
 from hf_speechcl.training.finetune_classifier import main as finetune_classifier
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
 from hf_speechcl.training.finetuning import FineTuningModelArguments, choose_trained
@@ -243,6 +243,10 @@ def test_the_best_is_a_checkpoint_and_of_equal_ones_the_last(rates, best, corpus
     trainer = make_trainer(corpus, tmp_path, max_steps=6, eval_steps=1, save_steps=2, save_total_limit=None)
     trainer.train()
     assert trainer.taken_update == best
+    validated = [entry["step"] for entry in trainer.state.log_history if "eval_wer" in entry]
+    trainer.evaluate()
+    again = [entry["step"] for entry in trainer.state.log_history if "eval_wer" in entry]
+    assert again == validated + ([6] if best == 6 else [])  # weights of before the last update are not its own
     torch.testing.assert_close(
         trainer.model.state_dict(), load_file(tmp_path / f"checkpoint-{best}/model.safetensors"), rtol=0, atol=0
     )
@@ -265,6 +269,30 @@ def test_validation_reads_nothing_on_padding_of_models_that_write_there(corpus, 
     written = torch.cat([(tokens == 3).sum(1) for tokens in decoded]).sort().values
     lengths = [trainer.model._get_feat_extract_output_lengths(round(16000 * s)) for s in trainer.eval_dataset.durations]
     torch.testing.assert_close(written, torch.tensor(sorted(lengths)), rtol=0, atol=1)
+
+
+def test_validation_writes_one_space_where_frames_have_two(corpus, tmp_path, monkeypatch):
+    trainer = make_trainer(corpus, tmp_path)
+    trainer.references = ["on o"] * 12
+    ids = trainer.processing_class.tokenizer.convert_tokens_to_ids(["o", "n", "|", "[PAD]", "|", "o"])
+    forward = SpeechCLForCTC.forward
+
+    def write(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        tokens = torch.full(outputs.logits.shape[:2], ids[3])
+        tokens[:, : len(ids)] = torch.tensor(ids)
+        outputs.logits = torch.nn.functional.one_hot(tokens, self.config.vocab_size)
+        return outputs
+
+    monkeypatch.setattr(SpeechCLForCTC, "forward", write)
+    assert trainer.evaluate()["eval_cer"] == 0
+
+
+def test_new_weights_have_no_classes_and_no_text_policy_of_before():
+    config = SpeechCLConfig(**TINY, architectures=["SpeechCLForSequenceClassification"], id2label={0: "no", 1: "on"})
+    further, anew = (FineTuningModelArguments(model="a/b", from_scratch=new) for new in (False, True))
+    assert class_names(further, config, ["a", "b", None], "word") == ["no", "on"]
+    assert class_names(anew, config, ["a", "b", None], "word") == ["a", "b"]
 
 
 def test_absurd_learning_rate_collapses_to_blank_and_is_told(corpus, tmp_path, monkeypatch, caplog):

@@ -148,6 +148,8 @@ def test_a_finished_run_makes_no_further_update_and_other_clips_are_refused(tmp_
     assert sorted(path.name for path in run.glob("checkpoint-*")) == checkpoints == ["checkpoint-2", "checkpoint-4"]
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 4
 
+    with pytest.raises(ValueError, match=r"was begun with metric_for_best_model=None, now 'best_rq/loss'"):
+        pretrain([*command, "--resume_from_checkpoint", "last", "--metric_for_best_model", "best_rq/loss"])
     shutil.copy(corpus / "0.wav", corpus / "6.wav")
     with pytest.raises(ValueError, match=r"was begun with other clips \(train 5 clips #\w+, now 6 clips #\w+; valid"):
         pretrain([*command, "--resume_from_checkpoint", "last"])

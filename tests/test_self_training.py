@@ -290,6 +290,24 @@ def test_recordings_are_known_where_sources_have_the_same_ids(teacher, audio, tm
     assert new["id"] == ["pseudo/0.wav#5"]
 
 
+def test_recordings_of_the_corpus_without_a_transcript_are_learnt(trained, clips, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number, clip in enumerate(clips):
+        soundfile.write(folder / f"{number}.wav", clip, 16000)
+    (folder / "metadata.csv").write_text("file_name,text\n0.wav,on\n1.wav,no\n")
+    rows = load_corpus(str(folder))
+    keys = [recording_key(id, seconds) for id, seconds in zip(rows["id"], rows["duration"])]
+    options = ["--corpus", str(folder)]
+    pseudo = write_labels(tmp_path / "pseudo", clips[1:3], ["no", "on"], keys[1:3])
+    learn(trained, pseudo, tmp_path / "student", *options)
+    report = json.loads((tmp_path / "student/preflight_train.json").read_text())
+    assert report["num_clips"] == len(clips) - 1 + 1  # all but one held out, and the one that had no text
+    all_known = write_labels(tmp_path / "known", clips[:2], ["on", "no"], keys[:2])
+    with pytest.raises(ValueError, match="pseudo_labels: all clips are of recordings of the corpus that have a tran"):
+        learn(trained, all_known, tmp_path / "other", *options)
+
+
 @pytest.mark.parametrize(
     ("description", "text", "error", "message"),
     [

@@ -86,8 +86,8 @@ def load_train_and_validation(
 
     Args:
         sources, columns: as for `load_corpus`.
-        validation_fraction: the share of clips held out. Which clips is decided by a hash of their ids, so they stay
-            held out when a folder grows.
+        validation_fraction: the share of clips held out, of those with a text or a label where these are asked for.
+            Which clips is decided by a hash of their ids, so they stay held out when a folder grows.
         train_split, validation_split: names of the splits.
     """
     if not 0 < validation_fraction < 1:
@@ -101,16 +101,8 @@ def load_train_and_validation(
             train.append(corpus)
             rows = _load(source, validation_split, columns)
             validation.append(_join([rows], validation_split, [name]))
-        elif len(corpus) < 2:
-            raise ValueError(
-                f"{name} holds one clip only, and training and validation need one each: cut it in two files, or "
-                "name another source beside it that has a validation split"
-            )
         else:
-            hashes = np.array([zlib.crc32(id.encode()) for id in column_of(corpus, "id").to_pylist()])
-            held_out = hashes < max(validation_fraction * 2**32, hashes.min() + 1)
-            if held_out.all():
-                held_out = hashes == hashes.min()
+            held_out = _held_out(corpus, name, validation_fraction, columns)
             logger.info(
                 "%s has no split %s: %d of %d clips are held out",
                 source_name(name),
@@ -121,6 +113,25 @@ def load_train_and_validation(
             train.append(corpus.select(np.flatnonzero(~held_out)))
             validation.append(corpus.select(np.flatnonzero(held_out)))
     return concatenate_datasets(train), concatenate_datasets(validation)
+
+
+def _held_out(corpus: Dataset, name: str, share: float, columns: Columns) -> np.ndarray:
+    """Which clips of a source are for validation."""
+    needed = (["text"] if columns.require_text else []) + ([] if columns.label_column is None else ["label"])
+    values = [column_of(corpus, column).to_pylist() for column in needed]
+    can_be = np.array([all(row) for row in zip(*values)]) if needed else np.ones(len(corpus), bool)
+    if not can_be.any():  # whoever asked for them says so
+        can_be[:] = True
+    if can_be.sum() < 2:
+        raise ValueError(
+            f"{name} holds one clip only{f' with a {needed[0]}' if len(corpus) > 1 else ''}, and training and "
+            "validation need one each: cut it in two files, or name another source beside it that has a validation "
+            "split"
+        )
+    hashes = np.array([zlib.crc32(id.encode()) for id in column_of(corpus, "id").to_pylist()])
+    lowest = hashes[can_be].min()
+    held_out = can_be & (hashes < max(share * 2**32, lowest + 1))
+    return can_be & (hashes == lowest) if held_out[can_be].all() else held_out
 
 
 def corpus_splits(source: str) -> list[str]:

@@ -35,6 +35,14 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 INDEX_FILE = ".hf_speechcl-durations.parquet"  # see index.py
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file of text beside what is there, then in its place: whoever reads meanwhile, or after a kill, finds the
+    one or the other."""
+    begun = file.with_name(f"{file.name}.begun")
+    begun.write_text(text, encoding="utf-8")
+    begun.replace(file)
+
+
 @dataclass(frozen=True)
 class Files:
     """Files of a folder, and what tells whether they have changed.

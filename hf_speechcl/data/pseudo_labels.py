@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .columns import column_of
 from .corpora import load_corpus
 from .dataset import SpeechDataset, clip_ids, decoded
-from .folders import SPLIT_OF_NAME, source_name
+from .folders import SPLIT_OF_NAME, source_name, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,7 @@ class PseudoLabels:
         return max(0, self.description["clips"] - sum(pyarrow.parquet.read_metadata(file).num_rows for file in files))
 
     def save_description(self) -> None:
-        begun = self.folder / f"{DESCRIPTION}.begun"
-        begun.write_text(json.dumps(self.description, indent=1, ensure_ascii=False), encoding="utf-8")
-        begun.replace(self.folder / DESCRIPTION)
+        write_whole(self.folder / DESCRIPTION, json.dumps(self.description, indent=1, ensure_ascii=False))
 
 
 def recording_key(id: str, seconds: float) -> str:
@@ -191,8 +189,11 @@ def load_pseudo_labels(folders: list[PseudoLabels], transcribed: Dataset) -> Dat
     """Rows as `load_corpus` gives them, their ids behind the folder's name.
 
     Args:
-        transcribed: rows of the corpus that the true transcripts are of. Clips of its recordings are left out, and
-            counted in the log: their texts are known, or they are held out.
+        transcribed: rows with a true transcript, and those held out for validation. Clips of these recordings are left
+            out, and counted in the log.
+
+    Raises:
+        ValueError: none is left.
     """
     known = KnownRecordings(map(recording_key, column_of(transcribed, "id").to_pylist(), transcribed["duration"]))
     parts = []
@@ -205,4 +206,9 @@ def load_pseudo_labels(folders: list[PseudoLabels], transcribed: Dataset) -> Dat
         ids = [f"{name}/{id}" for id in rows["id"]]
         rows = rows.remove_columns(["id", "recording"]).add_column("id", ids).select(new)
         parts.append(rows.select_columns(["id", "audio", "text", "duration"]))
+    if not sum(map(len, parts)):
+        raise ValueError(
+            "pseudo_labels: all clips are of recordings of the corpus that have a transcript or are held out for "
+            "validation: leave pseudo_labels out, or write texts of other audio"
+        )
     return concatenate_datasets(parts)

@@ -15,6 +15,7 @@ import pyarrow.parquet
 from safetensors.numpy import load_file, save_file
 
 from .dataset import SpeechDataset
+from .folders import write_whole
 
 HASHED = ("layer", "weights", "sampling_rate", "samples_per_unit", "num_units")
 MADE_WITH = ("corpus", "train_split", "validation_split", "validation_fraction", "max_seconds", "min_seconds")
@@ -64,7 +65,7 @@ class Units:
         path.mkdir(parents=True, exist_ok=True)
         save_file({"centroids": self.centroids}, path / "kmeans.safetensors")
         pyarrow.parquet.write_table(self.table, path / "units.parquet")
-        (path / "units.json").write_text(json.dumps(self.description, indent=1), encoding="utf-8")
+        write_whole(path / "units.json", json.dumps(self.description, indent=1))
 
     def fill(self, options: dict, source: str | Path) -> dict:
         """Options of an objective with num_units, samples_per_unit and units_hash set to those of these units.

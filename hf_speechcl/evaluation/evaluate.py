@@ -13,7 +13,7 @@ from accelerate import PartialState
 from .. import hub
 from ..command_line import option, parse_arguments
 from ..data import SpeechDataset, load_corpus
-from ..data.folders import source_name
+from ..data.folders import source_name, write_whole
 from ..decoding import DecodingArguments
 from ..distributed import leaves_launch
 from ..recognizer import ComputingArguments, SpeechRecognizer
@@ -120,6 +120,8 @@ def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], 
         ValueError: no clip has a text, or a column of slice_columns is not there.
     """
     wanted = list(USUAL_SLICES if args.slice_columns is None else args.slice_columns)
+    if taken := sorted({"id", "audio", "text", "label", "duration"} & set(wanted)):
+        raise ValueError(f"slice_columns: {', '.join(taken)} is no column to score clips by: leave it out")
     skipped: list[str] = []
     corpus = load_corpus(
         args.corpus,
@@ -255,10 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         results["transcripts"] = transcripts
         print_results(results)
         if args.output_file:
-            file = Path(args.output_file).resolve()
-            begun = file.with_name(f"{file.name}.begun")  # a full disk leaves what was there
-            begun.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
-            begun.replace(file)
+            write_whole(Path(args.output_file).resolve(), json.dumps(results, indent=1, ensure_ascii=False))
         if args.report_file:
             write_report(results, corpus, Path(args.report_file))
         if args.add_to_card:

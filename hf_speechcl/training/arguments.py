@@ -214,6 +214,8 @@ class SpeechTrainingArguments(TrainingArguments):
         for name, reason in NOT_USED.items():
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is not used: {reason}")
+        if str(self.optim).startswith("schedule_free"):
+            raise ValueError(f"optim={self.optim}: its averaged weights would not be validated, choose another")
         if self.license is not None and self.license not in LICENSES:
             raise ValueError(f"license {self.license!r} is unknown to the Hub: expected {', '.join(sorted(LICENSES))}")
         if unknown := [code for code in self.language if not re.fullmatch("[a-z]{2,3}", code)]:

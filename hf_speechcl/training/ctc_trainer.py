@@ -82,7 +82,7 @@ class BlankGuard:
             logger.info("blank guard, update %d: %s, as is usual up to update %d", update, found, settled)
         if self.verdict != "collapsed":
             self.collapsed_in_a_row = 0
-        elif update != self.judged:
+        elif update > self.judged:
             self.collapsed_in_a_row += 1
         self.judged = update
         if self.args.stop_on_collapse and self.collapsed_in_a_row >= self.args.stop_on_collapse:
@@ -131,9 +131,10 @@ class CTCTrainer(FineTuningTrainer):
             if "attention_mask" in inputs:
                 frames = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1))
             is_own = length_mask(frames, tokens.shape[1])
-            # Not all models, such as the peer of the benchmarks, are sure of the blank on padding.
+            # Not all models, such as the peer of the benchmarks, are sure of the blank on padding; and between two
+            # spaces with a blank between them no decoder writes a word.
             texts = self.processing_class.batch_decode(tokens.masked_fill(~is_own, blank))
-            self.hypotheses += zip(index.tolist(), texts)
+            self.hypotheses += zip(index.tolist(), (" ".join(text.split()) for text in texts))
             is_blank = (tokens == blank) & is_own
             metrics = {"blanks": is_blank.sum(), "frames": frames.sum()}
         loss = outputs.loss * (len(index) > 0)  # the silence that stands for a batch without clips teaches nothing
@@ -163,5 +164,5 @@ class CTCTrainer(FineTuningTrainer):
             scalars |= SpeechErrorRates().compute(predictions=hypotheses, references=self.references)
             scalars["ctc/empty_share"] = hypotheses.count("") / len(hypotheses)
             blank_share = scalars.get("ctc/blank_share", 1.0)
-            self.guard.judge(hypotheses, self.references, blank_share, self.state.global_step, self.state.max_steps)
+            self.guard.judge(hypotheses, self.references, blank_share, self.taken_update, self.state.max_steps)
         return scalars

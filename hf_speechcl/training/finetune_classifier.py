@@ -129,13 +129,16 @@ class ClassificationTrainer(FineTuningTrainer):
         return scalars
 
 
-def class_names(config: SpeechCLConfig, labels: list[str | None], field: str) -> list[str]:
+def class_names(
+    model_args: FineTuningModelArguments, config: SpeechCLConfig, labels: list[str | None], field: str
+) -> list[str]:
     """The classes to tell apart: those of a classifier that is fine-tuned further, or those of the training clips.
 
     Raises:
         ValueError: fewer than two.
     """
-    if SpeechCLForSequenceClassification.__name__ in (config.architectures or []):
+    is_classifier = SpeechCLForSequenceClassification.__name__ in (config.architectures or [])
+    if is_classifier and not model_args.is_from_scratch:
         return [config.id2label[number] for number in range(config.num_labels)]
     names = sorted({label for label in labels if label})
     if len(names) < 2:
@@ -248,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
             audio_column=data_args.audio_column,
             label_column=data_args.label_column,
         )
-    names = class_names(config, corpora[0]["label"], data_args.label_column)
+    names = class_names(model_args, config, corpora[0]["label"], data_args.label_column)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
     corpora = [keep_known(corpus, names, split) for corpus, split in zip(corpora, ("train", "validation"))]

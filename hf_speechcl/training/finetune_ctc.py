@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from datasets import concatenate_datasets
 from transformers import AutoProcessor, Wav2Vec2Processor, set_seed
 from transformers.utils import cached_file
@@ -21,7 +22,6 @@ from ..cards import (
 )
 from ..citations import methods_of
 from ..command_line import option, parse_arguments
-from ..configuration_speechcl import SpeechCLConfig
 from ..ctc import BLANK, UNKNOWN, VOCABULARIES, WORD_DELIMITER, build_processor, preflight
 from ..data import CTCCollator, SpeechDataset
 from ..data.corpora import load_train_and_validation
@@ -111,7 +111,7 @@ class CTCDataArguments(RegularizationArguments, CorpusArguments):
 ARGUMENTS = (FineTuningModelArguments, CTCDataArguments, CTCTrainingArguments)
 
 
-def text_policy(data_args: CTCDataArguments, config: SpeechCLConfig) -> TextPolicy:
+def text_policy(data_args: CTCDataArguments, earlier: dict | None) -> TextPolicy:
     """What the options say, over what the recogniser that is fine-tuned further was trained with, over the defaults."""
     options = {
         "casing": data_args.casing,
@@ -120,7 +120,7 @@ def text_policy(data_args: CTCDataArguments, config: SpeechCLConfig) -> TextPoli
         "language": data_args.text_language,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    policy = TextPolicy(**{**(config.text_policy or {}), **given})
+    policy = TextPolicy(**{**(earlier or {}), **given})
     if data_args.text_language is not None and policy.digits != "words":
         raise ValueError(f"text_language={data_args.text_language} is for digits=words: add --digits words")
     return policy
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     config = load_config(model_args)
     regularization = data_args.regularization(config)
-    policy = text_policy(data_args, config)
+    policy = text_policy(data_args, config.text_policy if is_recognizer(model_args) else None)
     pseudo_labels = [PseudoLabels.load(folder) for folder in data_args.pseudo_labels]
     check_pseudo_labels(pseudo_labels, policy, config.sampling_rate)
     if data_args.vocabulary is not None and is_recognizer(model_args):
@@ -271,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         num_transcribed = len(corpora[0])
         if pseudo_labels:
-            written = load_pseudo_labels(pseudo_labels, concatenate_datasets(corpora))
+            has_text = np.flatnonzero([bool(text) for text in corpora[0]["text"]])
+            written = load_pseudo_labels(pseudo_labels, concatenate_datasets([corpora[0].select(has_text), corpora[1]]))
             corpora = (concatenate_datasets([corpora[0], written]), corpora[1])
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ class CollapseGuard:
             logger.warning("collapse guard, update %d: %s. %s. %s", update, self.verdict, reasons, self._explain(worst))
         if self.verdict != "collapsed":
             self.collapsed_in_a_row = 0
-        elif update != self.judged:
+        elif update > self.judged:
             self.collapsed_in_a_row += 1
         self.judged = update
         if self.stop_after and self.collapsed_in_a_row >= self.stop_after:

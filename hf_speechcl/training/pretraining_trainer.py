@@ -263,7 +263,7 @@ class PretrainingTrainer(SpeechTrainer):
                 sums.add({name: output}, torch.tensor(0))
                 self.guard.observe_states({name: output})
         scalars = super().summarize(sums)
-        scalars |= self.guard.judge(scalars, self.state.global_step)
+        scalars |= self.guard.judge(scalars, self.taken_update)
         if self.probe is None:
             return scalars
         return scalars | self.measure_probe("probe", layer_names(self.probe[1].layers), self.probe[1])
@@ -272,8 +272,7 @@ class PretrainingTrainer(SpeechTrainer):
         """Phone accuracy and ABX error of each kind of frames, by its name, found by the first process for all."""
         scalars = [{}]
         if self.is_world_process_zero():
-            with self.compute_loss_context_manager():
-                found = self.probe[0].measure(features)
+            found = self.probe[0].measure(features)
             scalars = [
                 {f"{prefix}/{name}{key}": kind[key] for name, kind in zip(names, found) for key in PROBE_METRICS}
             ]

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.columns import column_of
 from ..data.dataset import SpeechDataset
-from ..data.folders import source_name, without_folders
+from ..data.folders import source_name, without_folders, write_whole
 from ..hub import WEIGHTS, WEIGHTS_INDEX
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ CLIPS = "clips"  # in it: which a run learns and validates
 KEPT = (
     *("seed", "data_seed", "gradient_accumulation_steps", "grad_cache", "learning_rate", "head_learning_rate"),
     *("layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "world_size", "optim"),
-    *("max_grad_norm", "freeze_encoder_steps"),
+    *("max_grad_norm", "freeze_encoder_steps", "metric_for_best_model", "greater_is_better"),
 )
 
 
@@ -162,9 +162,7 @@ def _begun_with(checkpoint: str | Path | None) -> tuple[Path | None, dict]:
 
 def _write_options(file: Path, options: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    begun = file.with_suffix(".begun")  # other processes may be reading what is there
-    begun.write_text(json.dumps(options, indent=1), encoding="utf-8")
-    begun.replace(file)
+    write_whole(file, json.dumps(options, indent=1))
 
 
 def _with_optimizer(checkpoint: Path, optimizer_file: str) -> Path:

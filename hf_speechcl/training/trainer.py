@@ -168,6 +168,7 @@ class SpeechTrainer(Trainer):
             logger.info("all %d updates are made already", self.state.max_steps)
             self.control.should_training_stop = True
             return
+        self.batches_of = (None, None)  # persistent workers give every pass the same iterator
         super()._run_epoch(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -218,8 +219,9 @@ class SpeechTrainer(Trainer):
 
     @property
     def taken_update(self) -> int:
-        """The update whose weights the model has when training is over."""
+        """The update whose weights the model has: the last, or when training is over the best."""
         is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        is_best = is_best and not self.is_in_train
         return self.state.best_global_step if is_best else self.state.global_step
 
     @property
@@ -267,7 +269,10 @@ class SpeechTrainer(Trainer):
             metrics = self._validate(loader, metric_key_prefix)
         finally:
             self.is_validating = False
-        self.log(metrics)
+        if self.taken_update == self.state.global_step:
+            self.log(metrics)
+        else:  # not in the log, whose curves it would end with
+            logger.info("update %d, the best: %s", self.taken_update, metrics)
         self.check_finite(metrics[f"{metric_key_prefix}_loss"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -277,8 +282,7 @@ class SpeechTrainer(Trainer):
         for inputs in ahead(loader) if self.makes_ahead else loader:
             inputs = self._prepare_inputs(inputs)
             num_skipped = inputs.pop("num_skipped")
-            with self.compute_loss_context_manager():
-                sums.add(self.objective_outputs(self.model, inputs), num_skipped)
+            sums.add(self.objective_outputs(self.model, inputs), num_skipped)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scalars = self.summarize(sums)
         weights = self.objective_weights()

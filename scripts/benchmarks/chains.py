@@ -380,8 +380,8 @@ class Comparison:
         return reference / own
 
     def _whole_budget(self, chain: Chain, size: str) -> int:
-        """Updates of fine-tuning that last as long as the pre-training, with self-training, and the fine-tuning of
-        another arm; how long one takes is said by the same row, as machines and days differ."""
+        """This arm's own updates of fine-tuning, and further ones that last as long as the pre-training, with
+        self-training, of another arm; how long one takes is said by its row, as machines and days differ."""
         before, last, budget = (
             self._seconds(chain, "pretraining"),
             self._seconds(chain, "finetuning"),

@@ -1,6 +1,7 @@
 """The comparison's results → tables in Markdown, and plots."""
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from hf_speechcl.machine import machine_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 RESAMPLES = 1000
 USEFUL = 0.6  # error of the best arm, above which a column does not count
@@ -296,14 +299,16 @@ def plot(cells: Cells, name: str, clock: str, dashed: set[str], folder: Path, st
                     axes.axhline(cell.mean, color=colours[arm], linestyle="--", linewidth=1, label=arm)
                 else:
                     axes.plot(place, cell.mean, "o", color=colours[arm], label=arm)
-        save(figure, axes, kind, f"{label} ({size} min of labels)")
+        save(figure, axes, kind, f"{label} ({size if size == 'all' else f'{size} min of'} labels)")
     return files
 
 
 def write_report(rows: list[dict], config: dict, folder: Path) -> str:
     """Write report.md and its plots into the folder; returns the text."""
     parts = ["# Comparison of objectives"]
-    found = sorted({(row["tier"], row["phase"], row["table"]) for row in rows})
+    found = sorted({(row["tier"], row["phase"], row["table"]) for row in rows if row["tier"] in config["tiers"]})
+    if unknown := sorted({row["tier"] for row in rows} - set(config["tiers"])):
+        logger.warning("not in the report: rows of %s, which the YAML does not have", ", ".join(unknown))
     for tier, phase, table in found:
         scores = config["tiers"][tier]["scores"]
         clock = clock_of(config["tiers"][tier])

@@ -256,7 +256,7 @@ def pretrain(argv: list[str]) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, STATE)
     train, _ = load_corpora(args)
     dataset = SpeechDataset(train, SAMPLING_RATE, args.seed, args.max_seconds, args.min_seconds, in_16_bits=False)
-    dataset.keep_decoded(2e9)
+    dataset.keep_decoded(4e9)  # of float32, as many seconds as the other arms keep in 16 bits
     run = PeerPretraining(args, dataset)
     if checkpoint is not None:
         run.load_checkpoint(Path(checkpoint))
