@@ -214,7 +214,7 @@ class SpeechTrainingArguments(TrainingArguments):
         for name, reason in NOT_USED.items():
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is not used: {reason}")
-        if str(self.optim).startswith("schedule_free"):
+        if "schedule_free" in str(self.optim).lower():
             raise ValueError(f"optim={self.optim}: its averaged weights would not be validated, choose another")
         if self.license is not None and self.license not in LICENSES:
             raise ValueError(f"license {self.license!r} is unknown to the Hub: expected {', '.join(sorted(LICENSES))}")
