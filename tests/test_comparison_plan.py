@@ -317,9 +317,10 @@ def test_each_arm_is_held_against_scratch_with_its_own_budget(scripts):
     found = scripts.recipes.whole_budgets(config)
     assert found["hubert"] == found["hubert+best_rq"] == found["transformers_wav2vec2"] == "scratch_whole"
     assert found["hubert+best_rq_self_trained"] == "scratch_whole_self_trained"
+    assert found["hubert+best_rq_near"] == "scratch_whole_near"
     assert found["denoising"] == "other"
     assert not {"scratch", "frozen_random", "hubert+best_rq_fourfold"} & set(found)
-    held_against = {"scratch", "scratch_whole", "scratch_whole_self_trained", "longer", "other"}
+    held_against = {"scratch", "scratch_whole", "scratch_whole_self_trained", "scratch_whole_near", "longer", "other"}
     assert scripts.recipes.baselines(config) == held_against
 
 
@@ -357,7 +358,8 @@ def test_plan_leaves_out_what_has_a_row_and_makes_what_changed_anew(scripts, tmp
 def test_table_of_equal_time_leaves_out_what_is_the_same_in_both(scripts, tmp_path):
     config, _ = small_config(scripts, tmp_path)
     arms = {chain.recipe.arm for chain in plan(scripts, config, tmp_path, table="time")}
-    without_pretraining = {"scratch", "scratch_whole", "scratch_whole_self_trained", "frozen_random", "log_mel"}
+    without_pretraining = {"scratch", "scratch_whole", "scratch_whole_self_trained", "scratch_whole_near"}
+    without_pretraining |= {"frozen_random", "log_mel"}
     same = {"hubert+best_rq", "transformers_wav2vec2"}
     of_own_length = {"hubert+best_rq_quarter", "hubert+best_rq_fourfold", "hubert+best_rq_near"}
     of_own_length |= {"hubert+best_rq_self_trained", "scratch_self_trained"}
