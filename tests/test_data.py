@@ -387,7 +387,9 @@ def test_held_out_clips_stay_held_out_when_a_folder_grows(tmp_path, clips):
     assert set(validation["id"]) <= set(larger["id"])
 
 
-@pytest.mark.parametrize(("column", "options"), [("text", {"require_text": True}), ("word", {"label_column": "word"})])
+@pytest.mark.parametrize(
+    ("column", "options"), [("text", {"scored_by": "text"}), ("word", {"label_column": "word", "scored_by": "label"})]
+)
 def test_held_out_clips_are_of_those_that_can_be_scored(tmp_path, clips, column, options):
     for number in range(30):
         soundfile.write(tmp_path / f"{number}.wav", clips[0], 16000)

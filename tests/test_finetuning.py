@@ -288,7 +288,7 @@ def test_validation_writes_one_space_where_frames_have_two(corpus, tmp_path, mon
     assert trainer.evaluate()["eval_cer"] == 0
 
 
-def test_new_weights_have_no_classes_and_no_text_policy_of_before():
+def test_new_weights_have_no_classes_of_before():
     config = SpeechCLConfig(**TINY, architectures=["SpeechCLForSequenceClassification"], id2label={0: "no", 1: "on"})
     further, anew = (FineTuningModelArguments(model="a/b", from_scratch=new) for new in (False, True))
     assert class_names(further, config, ["a", "b", None], "word") == ["no", "on"]

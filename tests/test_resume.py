@@ -139,6 +139,7 @@ def test_a_finished_run_makes_no_further_update_and_other_clips_are_refused(tmp_
         soundfile.write(corpus / f"{number}.wav", noise.numpy(), 16000)
     run = tmp_path / "run"
     command = pretraining_command(run, 4, "--save_steps", 2, "--lr_scheduler_type", "constant", "--corpus", corpus)
+    command += ["--metric_for_best_model", "best_rq/loss"]
     command = [str(part) for part in command]
     pretrain(command)
     weights = load_file(run / "model.safetensors")
@@ -148,8 +149,8 @@ def test_a_finished_run_makes_no_further_update_and_other_clips_are_refused(tmp_
     assert sorted(path.name for path in run.glob("checkpoint-*")) == checkpoints == ["checkpoint-2", "checkpoint-4"]
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 4
 
-    with pytest.raises(ValueError, match=r"was begun with metric_for_best_model=None, now 'best_rq/loss'"):
-        pretrain([*command, "--resume_from_checkpoint", "last", "--metric_for_best_model", "best_rq/loss"])
+    with pytest.raises(ValueError, match=r"was begun with metric_for_best_model='best_rq/loss', now 'loss'"):
+        pretrain([*command, "--resume_from_checkpoint", "last", "--metric_for_best_model", "eval_loss"])
     shutil.copy(corpus / "0.wav", corpus / "6.wav")
     with pytest.raises(ValueError, match=r"was begun with other clips \(train 5 clips #\w+, now 6 clips #\w+; valid"):
         pretrain([*command, "--resume_from_checkpoint", "last"])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -265,6 +266,17 @@ def test_same_model_from_scratch_has_the_architecture_and_none_of_the_weights(ro
     assert "2 layers of 32, 2 heads" in card
     assert "trained from scratch" in card
     assert scratch.config.objectives is None
+
+
+def test_from_scratch_has_the_usual_text_policy_whatever_the_recogniser_of_that_shape_had(road, tmp_path):
+    shutil.copytree(road["folder"] / "ctc", tmp_path / "upper")
+    config = json.loads((tmp_path / "upper/config.json").read_text())
+    (tmp_path / "upper/config.json").write_text(
+        json.dumps({**config, "text_policy": {**config["text_policy"], "casing": "upper"}})
+    )
+    argv = ["--model", str(tmp_path / "upper"), "--from_scratch", "--output_dir", str(tmp_path / "anew")]
+    finetune_ctc.main([*argv, "--max_steps", "1", *FAST_RUN])
+    assert json.loads((tmp_path / "anew/config.json").read_text())["text_policy"]["casing"] == "lower"
 
 
 @pytest.mark.parametrize(("config", "millions"), [("quickstart_pretrain", 4.8), ("cpu-10min", 5.0), ("cpu-1h", 5.0)])

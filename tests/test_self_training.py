@@ -262,7 +262,7 @@ def test_pseudo_labels_are_learnt_from_beside_the_corpus(trained, clips, tmp_pat
     texts, recordings = ["Further clip", "Ünknown", "a", "b"], ["a 1.00", f"{train[0]['id']} 0.11", *known]
     pseudo = write_labels(tmp_path / "pseudo", clips[1:], texts, recordings, sampling_rate=8000)
     learn(trained, pseudo, tmp_path / "student")
-    assert "2 of 4 clips are of the corpus and left out" in caplog.text
+    assert "2 of 4 clips are of recordings whose text is known or held out" in caplog.text
     assert "holds audio of 8000 Hz, and the model hears 16000 Hz" in caplog.text
     report = json.loads((tmp_path / "student/preflight_train.json").read_text())
     assert report["num_clips"] == len(train) + 2

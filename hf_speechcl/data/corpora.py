@@ -80,14 +80,16 @@ def load_train_and_validation(
     validation_fraction: float = 0.05,
     train_split: str = "train",
     validation_split: str = "validation",
+    scored_by: str | None = None,
     **columns,
 ) -> tuple[Dataset, Dataset]:
     """Load a split to train on and one to validate on; a source without the latter gives up a share of the former.
 
     Args:
         sources, columns: as for `load_corpus`.
-        validation_fraction: the share of clips held out, of those with a text or a label where these are asked for.
-            Which clips is decided by a hash of their ids, so they stay held out when a folder grows.
+        validation_fraction: the share of clips held out. Which clips is decided by a hash of their ids, so they stay
+            held out when a folder grows.
+        scored_by: text or label, of the columns below, where only clips with one are to be held out.
         train_split, validation_split: names of the splits.
     """
     if not 0 < validation_fraction < 1:
@@ -102,7 +104,7 @@ def load_train_and_validation(
             rows = _load(source, validation_split, columns)
             validation.append(_join([rows], validation_split, [name]))
         else:
-            held_out = _held_out(corpus, name, validation_fraction, columns)
+            held_out = _held_out(corpus, name, validation_fraction, scored_by)
             logger.info(
                 "%s has no split %s: %d of %d clips are held out",
                 source_name(name),
@@ -115,16 +117,16 @@ def load_train_and_validation(
     return concatenate_datasets(train), concatenate_datasets(validation)
 
 
-def _held_out(corpus: Dataset, name: str, share: float, columns: Columns) -> np.ndarray:
+def _held_out(corpus: Dataset, name: str, share: float, scored_by: str | None) -> np.ndarray:
     """Which clips of a source are for validation."""
-    needed = (["text"] if columns.require_text else []) + ([] if columns.label_column is None else ["label"])
-    values = [column_of(corpus, column).to_pylist() for column in needed]
-    can_be = np.array([all(row) for row in zip(*values)]) if needed else np.ones(len(corpus), bool)
+    can_be = np.ones(len(corpus), bool)
+    if scored_by is not None:
+        can_be = np.array([bool(value) for value in column_of(corpus, scored_by).to_pylist()])
     if not can_be.any():  # whoever asked for them says so
         can_be[:] = True
     if can_be.sum() < 2:
         raise ValueError(
-            f"{name} holds one clip only{f' with a {needed[0]}' if len(corpus) > 1 else ''}, and training and "
+            f"{name} holds one clip only{f' with a {scored_by}' if len(corpus) > 1 else ''}, and training and "
             "validation need one each: cut it in two files, or name another source beside it that has a validation "
             "split"
         )

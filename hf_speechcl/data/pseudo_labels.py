@@ -202,7 +202,12 @@ def load_pseudo_labels(folders: list[PseudoLabels], transcribed: Dataset) -> Dat
         rows = load_corpus(str(labels.folder), require_text=True, keep_columns=["recording"])
         new = [row for row, recording in enumerate(rows["recording"]) if recording not in known]
         if len(new) < len(rows):
-            logger.info("%s: %d of %d clips are of the corpus and left out", name, len(rows) - len(new), len(rows))
+            logger.info(
+                "%s: %d of %d clips are of recordings whose text is known or held out, and left out",
+                name,
+                len(rows) - len(new),
+                len(rows),
+            )
         ids = [f"{name}/{id}" for id in rows["id"]]
         rows = rows.remove_columns(["id", "recording"]).add_column("id", ids).select(new)
         parts.append(rows.select_columns(["id", "audio", "text", "duration"]))

@@ -250,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             data_args.validation_split,
             audio_column=data_args.audio_column,
             label_column=data_args.label_column,
+            scored_by="label",
         )
     names = class_names(model_args, config, corpora[0]["label"], data_args.label_column)
     config.id2label = dict(enumerate(names))

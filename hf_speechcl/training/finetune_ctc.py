@@ -49,8 +49,9 @@ DESCRIPTION = """Fine-tune a pre-trained SpeechCL encoder with a CTC head on tra
 
   The model of scripts/pretrain.py on the embedded corpus:
     python scripts/finetune_ctc.py --model runs/demo --output_dir runs/demo-ctc --max_steps 1000
-  Your own recordings, a folder with metadata.csv (columns file_name and text):
-    python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --output_dir runs/mine-ctc
+  Your own recordings, minutes of them, a folder with metadata.csv (columns file_name and text):
+    python scripts/finetune_ctc.py --config scripts/configs/cpu-ctc.yaml --model runs/mine --corpus my_labelled_audio \\
+      --output_dir runs/mine-ctc
   Learn from more audio, which the model above has transcribed:
     python scripts/make_pseudo_labels.py --model runs/mine-ctc --corpus my_audio --output_dir runs/pseudo
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --pseudo_labels runs/pseudo \\
@@ -61,7 +62,7 @@ DESCRIPTION = """Fine-tune a pre-trained SpeechCL encoder with a CTC head on tra
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --vocabulary unigram --vocab_size 500
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --casing keep --punctuation keep \\
       --digits words
-  Few transcripts: lower layers learn slower; adapters only; the head only, on a weighted mean of all layers:
+  Less of the model learns: lower layers slower; adapters only; the head only, on a weighted mean of all layers:
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --layer_decay 0.9
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --lora_rank 8
     python scripts/finetune_ctc.py --model runs/mine --corpus my_labelled_audio --freeze_encoder_steps -1 \\
@@ -78,7 +79,7 @@ class CTCDataArguments(RegularizationArguments, CorpusArguments):
     pseudo_labels: list[str] = option(
         [],
         "Folders of scripts/make_pseudo_labels.py: learnt from beside the corpus, but for the vocabulary. Clips of the "
-        "corpus, known by file name and length, are left out.",
+        "corpus with a transcript, known by file name and length, are left out.",
     )
     casing: str | None = option(None, "Of the text that is learnt: lower, upper or keep; lower by default.")
     punctuation: str | None = option(None, "remove (but for apostrophes within words) or keep; remove by default.")
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
             audio_column=data_args.audio_column,
             text_column=data_args.text_column,
             require_text=True,
+            scored_by="text",
         )
         num_transcribed = len(corpora[0])
         if pseudo_labels:

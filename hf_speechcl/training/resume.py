@@ -25,7 +25,7 @@ CLIPS = "clips"  # in it: which a run learns and validates
 KEPT = (
     *("seed", "data_seed", "gradient_accumulation_steps", "grad_cache", "learning_rate", "head_learning_rate"),
     *("layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "world_size", "optim"),
-    *("max_grad_norm", "freeze_encoder_steps", "metric_for_best_model", "greater_is_better"),
+    *("max_grad_norm", "freeze_encoder_steps"),
 )
 
 
@@ -94,8 +94,8 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     Of absolute paths the file keeps the last part and a hash.
 
     Args:
-        args: training arguments, of which the seeds, the accumulation, the number of processes and what a checkpoint's
-            optimizer holds count.
+        args: training arguments, of which the seeds, the accumulation, the number of processes, the metric that the
+            best checkpoint is chosen by and what a checkpoint's optimizer holds count.
         checkpoint: what the run goes on from, None for a new run.
         options: dataclasses of which every field counts.
 
@@ -104,6 +104,8 @@ def keep_options(args, checkpoint: str | None, *options) -> None:
     """
     current = {name: value for group in options for name, value in vars(group).items()}
     current |= {name: getattr(args, name) for name in KEPT if hasattr(args, name)}
+    if args.metric_for_best_model is not None:  # a run without one has no best that another could be compared with
+        current["metric_for_best_model"] = args.metric_for_best_model.removeprefix("eval_")
     current = {name: without_folders(value) for name, value in current.items()}
     file = Path(args.output_dir) / OPTIONS
     earlier, begun = _begun_with(checkpoint)

@@ -269,7 +269,8 @@ class SpeechTrainer(Trainer):
             metrics = self._validate(loader, metric_key_prefix)
         finally:
             self.is_validating = False
-        if self.taken_update == self.state.global_step:
+        is_usual = eval_dataset is None and metric_key_prefix == "eval"
+        if not is_usual or self.taken_update == self.state.global_step:
             self.log(metrics)
         else:  # not in the log, whose curves it would end with
             logger.info("update %d, the best: %s", self.taken_update, metrics)

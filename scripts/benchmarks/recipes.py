@@ -194,9 +194,6 @@ def _check_line(arms: dict[str, dict], name: str) -> None:
 def _check_by_labels(layer: dict, where: str, sizes: set[str]) -> None:
     """Options by label size, and of self-training, which a script would read hours later or not at all."""
     _check(layer.get("self_training") or {}, "self_training", f"{where}.self_training")
-    for options in (layer.get("self_training") or {}, *(layer.get("self_training_by_labels") or {}).values()):
-        if (rounds := options.get("rounds", 1)) < 1:
-            raise ValueError(f"{where}: expected one round of self-training at least, found rounds: {rounds}")
     for name in ("finetuning_by_labels", "self_training_by_labels"):
         for size, options in (layer.get(name) or {}).items():
             if str(size) not in sizes:
@@ -204,7 +201,11 @@ def _check_by_labels(layer: dict, where: str, sizes: set[str]) -> None:
                     f"{where}.{name}: there is no label size {size!r}; expected {', '.join(sorted(sizes))}"
                 )
             if name == "self_training_by_labels":
-                _check(options, "self_training", f"{where}.{name}.{size}")
+                _check(options or {}, "self_training", f"{where}.{name}.{size}")
+    for options in (layer.get("self_training"), *(layer.get("self_training_by_labels") or {}).values()):
+        rounds = (options or {}).get("rounds")
+        if rounds is not None and rounds < 1:
+            raise ValueError(f"{where}: expected one round of self-training at least, found rounds: {rounds}")
 
 
 def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: bool = False) -> Recipe:
