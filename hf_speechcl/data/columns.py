@@ -20,6 +20,9 @@ def column_of(rows: Dataset, name: str) -> pyarrow.ChunkedArray:
     return column if rows._indices is None else column.take(rows._indices.column(0))
 
 
+OF_EVERY_CORPUS = ("id", "audio", "text", "label", "duration")
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which columns are read; see `load_corpus`."""
@@ -33,7 +36,7 @@ class Columns:
 
     def __post_init__(self):
         for option in ("keep_columns", "list_columns"):
-            if taken := sorted({"id", "audio", "text", "label", "duration"} & set(getattr(self, option))):
+            if taken := sorted(set(OF_EVERY_CORPUS) & set(getattr(self, option))):
                 raise ValueError(
                     f"{option}: {', '.join(taken)} would hide a column that every corpus has: leave it out"
                 )

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from .. import hub
 from ..command_line import option, parse_arguments
 from ..data import SpeechDataset, load_corpus
+from ..data.columns import OF_EVERY_CORPUS
 from ..data.folders import source_name, write_whole
 from ..decoding import DecodingArguments
 from ..distributed import leaves_launch
@@ -120,7 +121,7 @@ def load_clips(args: EvaluationArguments) -> tuple[datasets.Dataset, list[str], 
         ValueError: no clip has a text, or a column of slice_columns is not there.
     """
     wanted = list(USUAL_SLICES if args.slice_columns is None else args.slice_columns)
-    if taken := sorted({"id", "audio", "text", "label", "duration"} & set(wanted)):
+    if taken := sorted(set(OF_EVERY_CORPUS) & set(wanted)):
         raise ValueError(f"slice_columns: {', '.join(taken)} is no column to score clips by: leave it out")
     skipped: list[str] = []
     corpus = load_corpus(

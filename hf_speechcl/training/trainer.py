@@ -220,8 +220,8 @@ class SpeechTrainer(Trainer):
     @property
     def taken_update(self) -> int:
         """The update whose weights the model has: the last, or when training is over the best."""
-        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        is_best = is_best and not self.is_in_train
+        has_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        is_best = has_best and not self.is_in_train
         return self.state.best_global_step if is_best else self.state.global_step
 
     @property
