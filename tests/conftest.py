@@ -61,6 +61,7 @@ FAST_RUN = (
     "--use_cpu --disable_tqdm True --max_seconds_per_batch 12 --logging_steps 1 "
     "--eval_strategy no --save_strategy no --report_to none"
 ).split()
+SHORT_RUN = [*FAST_RUN[:-6], "--logging_steps", "1", "--report_to", "none"]  # validates and saves
 TOKEN = "hf_test"  # may write to the local Hub
 TINY_OPTIONS = [f"{name}={value}" for name, value in TINY.items()]
 
