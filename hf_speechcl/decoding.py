@@ -229,6 +229,9 @@ class BeamDecoder:
                         score -= self.alpha * self.unk_score_offset * math.log(10)
                     return score, state
 
+                def score_partial_token(self, partial_token):
+                    return 0.0 if words is None else super().score_partial_token(partial_token)
+
             language_model = WithHotWords(ngram, words, alpha=arguments.lm_weight, beta=arguments.word_bonus)
         labels = [_WordStart(piece) if piece == WORD_START else piece for piece in pieces]
         self.search = BeamSearchDecoderCTC(Alphabet(["", *labels], is_subword), language_model)

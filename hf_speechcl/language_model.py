@@ -42,6 +42,7 @@ class LanguageModelArguments:
     text_files: list[str] = option([], "Text files in UTF-8, a sentence on each line.")
     corpus: list[str] = option([], "Sources as for scripts/finetune_ctc.py, whose texts are taken.")
     split: str = option("train", "Split of the corpus.")
+    audio_column: str = option("audio", "Column with the audio in parquet files and Hub data sets.")
     text_column: str = option("text", "Column with the text.")
     order: int = option(3, f"Longest n-grams, 2 to {MAX_ORDER}.")
     exclude_corpus: list[str] = option([], "Sources whose texts must not be in the n-gram, to be scored on.")
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
         _build(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -204,14 +205,18 @@ def _build(args: LanguageModelArguments) -> None:
     policy = text_policy_of(args.model) if args.model is not None else TextPolicy(casing=args.casing or "lower")
     print(f"texts: {policy}")
     Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+
+    def load_texts(source: str | list[str], split: str) -> list[str | None]:
+        return load_corpus(source, split, args.audio_column, args.text_column, require_text=True)["text"]
+
     texts = []
     for file in args.text_files:
         try:
-            texts += Path(file).read_text(encoding="utf-8").splitlines()
+            texts += Path(file).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"text_files: {file} is not UTF-8 text: {error}") from None
     if args.corpus:
-        texts += load_corpus(args.corpus, args.split, text_column=args.text_column, require_text=True)["text"]
+        texts += load_texts(args.corpus, args.split)
     texts = [text for text in texts if text and policy(text)]
     given = [policy(text) for text in texts if not policy.leaves_out(text)]
     if without := len(texts) - len(given):
@@ -220,7 +225,7 @@ def _build(args: LanguageModelArguments) -> None:
         policy(text)
         for split in args.exclude_splits
         for source in args.exclude_corpus
-        for text in load_corpus(source, split, text_column=args.text_column, require_text=True)["text"]
+        for text in load_texts(source, split)
         if text
     }
     kept = [text for text in given if text not in excluded]

@@ -4,9 +4,11 @@ import functools
 import gzip
 import itertools
 import math
+import sys
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ParakeetTokenizer
@@ -228,8 +230,11 @@ def sum_over_paths(log_probs, tokens, blank, text_of_path):
 
 
 @needs_lm
+@pytest.mark.parametrize("is_binary", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_beam_search_with_an_ngram_finds_the_best_of_all_texts(seed, tmp_path):
+def test_beam_search_with_an_ngram_finds_the_best_of_all_texts(seed, is_binary, tmp_path, monkeypatch):
+    if is_binary:  # whose words cannot be listed
+        monkeypatch.setattr("hf_speechcl.decoding.read_words", lambda file: None)
     estimate([["a"], ["b", "a"], ["ab"], ["a", "b"], ["a"]], 2).save(tmp_path / "lm.arpa")
     tokenizer = build_processor(["a b"], 16000).tokenizer
     used = tokenizer.convert_tokens_to_ids(["[PAD]", "a", "b", "|"])
@@ -414,6 +419,35 @@ def test_texts_that_are_not_utf8_are_named(tmp_path):
     (tmp_path / "old.txt").write_text("café", encoding="latin-1")
     with pytest.raises(SystemExit, match=r"error: text_files: .*old.txt is not UTF-8 text"):
         main(["--text_files", str(tmp_path / "old.txt"), "--output_file", str(tmp_path / "lm.arpa")])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_word(config, tmp_path):
+    config.text_policy = TextPolicy(punctuation="keep").to_dict()
+    config.save_pretrained(tmp_path / "model")
+    (tmp_path / "book.txt").write_text("one two\n", encoding="utf-8-sig")
+    options = ["--model", tmp_path / "model", "--text_files", tmp_path / "book.txt", "--output_file", tmp_path / "lm"]
+    main([*map(str, options)])
+    assert read_words(tmp_path / "lm") == {"one", "two"}
+
+
+def test_build_lm_names_a_package_that_the_texts_of_the_model_need(config, tmp_path, monkeypatch):
+    config.text_policy = {"digits": "words"}
+    config.save_pretrained(tmp_path / "model")
+    (tmp_path / "book.txt").write_text("7\n")
+    monkeypatch.setitem(sys.modules, "num2words", None)
+    options = ["--model", tmp_path / "model", "--text_files", tmp_path / "book.txt", "--output_file", tmp_path / "lm"]
+    with pytest.raises(SystemExit, match="error: .*num2words"):
+        main([*map(str, options)])
+
+
+def test_texts_of_parquet_files_are_found_whatever_the_column_of_the_audio_is(tmp_path):
+    rows = [{"speech": {"bytes": None, "path": "a.wav"}, "text": "one two", "duration": 1.0}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    options = ["--corpus", tmp_path, "--output_file", tmp_path / "lm", "--audio_column"]
+    main([*map(str, options), "speech"])
+    assert read_words(tmp_path / "lm") == {"one", "two"}
+    with pytest.raises(SystemExit, match="has no column 'audio'.*set audio_column"):
+        main([*map(str, options), "audio"])
 
 
 def test_a_model_that_does_not_tell_what_was_done_to_its_texts_builds_no_ngram(config, tmp_path):
