@@ -68,7 +68,7 @@ model = AutoModelForCTC.from_pretrained("{name}", trust_remote_code=True, vocab_
 ```
 
 With the package hf_speechcl, fine-tune it on a folder of recordings with a `metadata.csv` (columns `file_name` and
-`text`):
+`text`); for minutes of them on a CPU there is `--config scripts/configs/cpu-ctc.yaml`, in place of `--max_steps 1000`:
 
 ```bash
 python scripts/finetune_ctc.py --model "{name}" --corpus my_labelled_audio --output_dir runs/my-ctc --max_steps 1000
@@ -77,8 +77,8 @@ python scripts/finetune_ctc.py --model "{name}" --corpus my_labelled_audio --out
 Or go on pre-training it on more audio, without text:
 
 ```bash
-python scripts/pretrain.py --encoder "{name}" --objectives {objectives} --corpus my_audio \\
-  --output_dir runs/more --max_steps 1000
+python scripts/pretrain.py --encoder "{name}" --objectives {objectives} {masks} \\
+  --corpus my_audio --output_dir runs/more --max_steps 1000
 ```"""
 
 USE_CTC = """```python
@@ -240,10 +240,11 @@ def describe_run(trainer, runtime_seconds: float) -> str:
     )
 
 
-def describe_limits(hours: float) -> str:
-    """What any model is limited by that has learned from `hours` of audio."""
+def describe_limits(hours: float, base_model: str | None) -> str:
+    """What any model is limited by that has learned from `hours` of audio, and from what its base model has."""
+    base = "" if base_model is None else f", after all that `{source_name(base_model)}` was trained on before,"
     return (
-        f"It was trained on {hours:.2f} hours of the corpora named above and knows their languages, voices and "
+        f"It was trained on {hours:.2f} hours of the corpora named above{base} and knows their languages, voices and "
         "recording conditions; others, above all noise, far microphones, children and accents that they do not hold, "
         "were not tested."
     )
@@ -255,11 +256,16 @@ def metrics_table(metrics: dict[str, float]) -> str:
     return "\n".join(["| metric | value |", "|---|---|", *rows])
 
 
+def data_set_fields(names: list[str]) -> dict[str, str | None]:
+    """What an entry of a model-index says of its sources: of one on the Hub, user/name:config, the parts."""
+    name, config = ", ".join(names), ""
+    if len(names) == 1 and "/" in name:  # a name on the Hub
+        name, _, config = name.partition(":")
+    return {"dataset_type": name, "dataset_name": name, "dataset_config": config or None}
+
+
 def error_rate_results(results: dict) -> list[EvalResult]:
     """Word and character error rates of scripts/evaluate.py as entries of a model-index, in percent."""
-    corpus, config = ", ".join(results["corpus"]), ""
-    if len(results["corpus"]) == 1 and "/" in corpus:  # a name on the Hub
-        corpus, _, config = corpus.partition(":")
     about = {
         "text_normalization": results["text_normalization"],
         "decoding": results["decoding"],
@@ -270,9 +276,7 @@ def error_rate_results(results: dict) -> list[EvalResult]:
         EvalResult(
             task_type="automatic-speech-recognition",
             task_name="Speech recognition",
-            dataset_type=corpus,
-            dataset_name=corpus,
-            dataset_config=config or None,
+            **data_set_fields(results["corpus"]),
             dataset_split=results["split"],
             metric_type=name,
             metric_name=f"{name.upper()}, {results['decoding']}, text normalisation {results['text_normalization']}",

@@ -25,9 +25,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 from yaml import YAMLError
 
 from .cards import CARD, error_rate_results, fill_results, rename_model, result_key
+from .configuration_speechcl import SpeechCLConfig
 from .curves import CURVES
 from .modeling_speechcl import REMOTE_CODE
 
@@ -118,6 +120,23 @@ def find_model(name: str | Path) -> str:
         raise FileNotFoundError(
             f"no folder {name} here, and the Hub does not know your token: log in with `hf auth login` again"
         ) from error
+
+
+def read_config(name: str, folder: str, **options) -> SpeechCLConfig:
+    """Configuration of a model of this package.
+
+    Args:
+        name: of the model, as it was given.
+        folder: that it is in.
+        options: fields to change.
+
+    Raises:
+        ValueError: it is a model of another kind.
+    """
+    config = AutoConfig.from_pretrained(folder, **options)
+    if not isinstance(config, SpeechCLConfig):
+        raise ValueError(f"{name} is a {config.model_type} model: expected one that hf_speechcl pre-trained")
+    return config
 
 
 def _refuse_adapters(folder: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import Wav2Vec2Config
 
 from hf_speechcl import (
     SpeechCLConfig,
@@ -155,6 +156,9 @@ def test_classifiers_that_cannot_be_used_are_refused(config, tmp_path):
         PrototypicalClassifier(pretraining_model("info_nce"), layer=1, projector=True)
     with pytest.raises(ValueError, match="model 'nowhere': expected a folder or a Hub name"):
         PrototypicalClassifier("nowhere")
+    Wav2Vec2Config().save_pretrained(tmp_path / "wav2vec2")
+    with pytest.raises(ValueError, match="wav2vec2 is a wav2vec2 model: expected one that hf_speechcl pre-trained"):
+        PrototypicalClassifier(tmp_path / "wav2vec2")
     with pytest.raises(ValueError, match="model must be a SpeechCL model, a folder or a Hub name, found Linear"):
         PrototypicalClassifier(torch.nn.Linear(2, 2))
 
@@ -187,9 +191,9 @@ def test_episodes_never_ask_for_an_example_and_keep_groups_apart():
             asked |= set(episode)
         assert asked == {"a", "b", "c"}
     with pytest.raises(
-        ValueError, match="4 classes are needed, and 3 have enough clips .* there are: a 9, b 9, c 9, few 3"
+        ValueError, match="4 classes are needed, and 3 have enough clips .at least 4.* there are: a 9, b 9, c 9, few 3"
     ):
-        EpisodeSampler(labels, n_way=4, k_shot=3, n_query=10, min_clips=4)
+        EpisodeSampler(labels, n_way=4, k_shot=3, n_query=10, min_clips=3)
 
 
 def test_episode_scores_are_exact_for_certain_and_for_equal_vectors():

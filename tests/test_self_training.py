@@ -174,6 +174,8 @@ def test_what_else_is_in_the_folder_is_not_touched(teacher, trained, audio, tmp_
         make(trained / "ctc", audio, folder)
     with pytest.raises(FileExistsError, match="decoding="):
         make(teacher, audio, folder, "--beam_width", "2")
+    with pytest.raises(FileExistsError, match="clips="):
+        make(teacher, audio, folder, "--audio_column", "audio_far")
     with pytest.raises(FileExistsError, match="dtype='float32', now 'int8'"):
         make(teacher, audio, folder, "--dtype", "int8")
     rows = make(shutil.copytree(teacher, tmp_path / "moved"), audio, folder)

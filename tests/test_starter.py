@@ -64,6 +64,7 @@ def test_starter_is_what_fine_tuning_and_further_pretraining_begin_with(tmp_path
     for model_class, folder in ((SpeechCLForCTC, "ctc"), (SpeechCLForPreTraining, "encoder")):
         saved = load_file(tmp_path / folder / "model.safetensors")
         assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
+        assert "after all that `starter` was trained on before," in (tmp_path / folder / "README.md").read_text("utf-8")
         model = model_class.from_pretrained(tmp_path / folder)
         for name, value in model.speechcl.state_dict().items():
             torch.testing.assert_close(value, body[name], rtol=1e-5, atol=1e-6, msg=name)

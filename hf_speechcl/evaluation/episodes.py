@@ -44,15 +44,16 @@ class EpisodeSampler:
                 places[label][None if groups is None else groups[row]].append(row)
         self.n_way, self.k_shot, self.n_query = n_way, k_shot, n_query
         self.members: dict = {}
+        needed = max(min_clips, k_shot + 1)
         for label in sorted(places):
             parts = [np.array(rows) for rows in places[label].values() if len(rows) >= k_shot]
-            enough = sum(map(len, parts)) >= max(min_clips, k_shot + 1)
+            enough = sum(map(len, parts)) >= needed
             if enough and (groups is None or len(parts) > 1):
                 self.members[label] = parts
         if len(self.members) < n_way:
             counts = ", ".join(f"{label} {sum(map(len, parts.values()))}" for label, parts in sorted(places.items()))
             raise ValueError(
-                f"{n_way} classes are needed, and {len(self.members)} have enough clips (at least {min_clips}"
+                f"{n_way} classes are needed, and {len(self.members)} have enough clips (at least {needed}"
                 f"{'' if groups is None else f', in two groups of at least {k_shot}'}); clips there are: {counts}"
             )
 

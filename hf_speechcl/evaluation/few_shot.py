@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..configuration_speechcl import SpeechCLConfig
 from ..data.batching import DurationBatchSampler
 from ..data.collators import pad_waveforms
-from ..hub import find_model, may_be_model
+from ..hub import find_model, may_be_model, read_config
 from ..modeling_speechcl import SpeechCLModel, SpeechCLPreTrainedModel
 from ..objectives.base import frame_lengths
 from ..objectives.prototypical import Prototypical
@@ -196,10 +195,9 @@ def load_model(name: str | Path) -> SpeechCLPreTrainedModel:
     """The model of a folder or Hub name: with its projectors, where there are trained ones, else the encoder alone."""
     if not may_be_model(str(name)):
         raise ValueError(f"model {str(name)!r}: expected a folder or a Hub name")
-    name = find_model(name)
-    config = SpeechCLConfig.from_pretrained(name)
-    pretraining = SpeechCLForPreTraining.__name__ in (config.architectures or [])
-    return (SpeechCLForPreTraining if pretraining else SpeechCLModel).from_pretrained(name, dtype=torch.float32)
+    folder = find_model(name)
+    pretraining = SpeechCLForPreTraining.__name__ in (read_config(str(name), folder).architectures or [])
+    return (SpeechCLForPreTraining if pretraining else SpeechCLModel).from_pretrained(folder, dtype=torch.float32)
 
 
 def find_objective(model: SpeechCLPreTrainedModel) -> UtteranceObjective:

@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from ..cards import LICENSES
@@ -237,23 +237,6 @@ class SpeechTrainingArguments(TrainingArguments):
             name: source_name(value) if isinstance(value, str) and value.startswith(("/", "~")) else value
             for name, value in shown.items()
         }
-
-
-def read_config(name: str, folder: str, **options) -> SpeechCLConfig:
-    """Configuration of a model of this package.
-
-    Args:
-        name: of the model, as it was given.
-        folder: that it is in.
-        options: fields to change.
-
-    Raises:
-        ValueError: it is a model of another kind.
-    """
-    config = AutoConfig.from_pretrained(folder, **options)
-    if not isinstance(config, SpeechCLConfig):
-        raise ValueError(f"{name} is a {config.model_type} model: expected one that hf_speechcl pre-trained")
-    return config
 
 
 def parse_config_options(assignments: list[str], field: str) -> dict:

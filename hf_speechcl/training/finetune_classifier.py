@@ -16,6 +16,7 @@ from transformers import Wav2Vec2FeatureExtractor, set_seed
 from ..cards import (
     USE_CLASSIFIER,
     data_row,
+    data_set_fields,
     describe_limits,
     describe_model,
     describe_run,
@@ -184,8 +185,8 @@ def write_classifier_card(
 ) -> None:
     """Write the model card of a classifier beside it."""
     args, config = trainer.args, trainer.model.config
-    origin = "from scratch" if model_args.is_from_scratch else f"from `{source_name(model_args.model)}`"
-    corpus_name = ", ".join(map(source_name, data_args.corpus))
+    base_model = None if model_args.is_from_scratch else model_args.model
+    origin = "from scratch" if base_model is None else f"from `{source_name(base_model)}`"
     names = [config.id2label[number] for number in range(config.num_labels)]
     listed = ", ".join(f"`{name}`" for name in names[:30]) + (" …" if len(names) > 30 else "")
     write_card(
@@ -200,12 +201,11 @@ def write_classifier_card(
         sources=data_args.corpus,
         methods=methods_of(config.objectives),
         args=args,
-        base_model=None if model_args.is_from_scratch else model_args.model,
+        base_model=base_model,
         eval_results=[
             EvalResult(
                 task_type="audio-classification",
-                dataset_type=corpus_name,
-                dataset_name=corpus_name,
+                **data_set_fields(list(map(source_name, data_args.corpus))),
                 dataset_split="validation",
                 metric_type=metric,
                 metric_name=name.replace("_", "-averaged ").replace("f1", "F1"),
@@ -226,7 +226,7 @@ def write_classifier_card(
         training=f"{describe_finetuning(trainer, model_args, data_args)} " + describe_run(trainer, runtime_seconds),
         results="On the validation clips, with bootstrap 95% intervals (`_low`, `_high`); `majority` is the accuracy "
         f"of always naming the most frequent class, chance is {1 / len(names):.3g}.\n\n" + metrics_table(metrics),
-        limits=describe_limits(trainer.train_dataset.hours) + " It names one of its classes for any sound.",
+        limits=describe_limits(trainer.train_dataset.hours, base_model) + " It names one of its classes for any sound.",
     )
 
 

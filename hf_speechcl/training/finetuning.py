@@ -12,9 +12,9 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..command_line import option
 from ..configuration_speechcl import SIZES, SpeechCLConfig
 from ..data.folders import source_name
-from ..hub import find_model, may_be_model
+from ..hub import find_model, may_be_model, read_config
 from ..modeling_speechcl import SpeechCLHeadModel
-from .arguments import SpeechTrainingArguments, parse_config_options, read_config
+from .arguments import SpeechTrainingArguments, parse_config_options
 from .lora import add_lora, check_targets, import_peft
 from .trainer import SpeechTrainer
 

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             "weights": weights_digest(recognizer.model),
             "dtype": computing.dtype,
             "decoding": checksum([vars(decoding), *of_language_model]),
-            "clips": checksum([*zip(corpus["id"], corpus["duration"])]),
+            "clips": checksum([args.audio_column, *zip(corpus["id"], corpus["duration"])]),
             "max_seconds_per_batch": args.max_seconds_per_batch,
             **vars(clips),
         },

@@ -31,7 +31,7 @@ from ..data.units import Units
 from ..distributed import leaves_launch
 from ..evaluation.probe import PhoneProbe
 from ..features import HiddenStates
-from ..hub import find_model, may_be_model
+from ..hub import find_model, may_be_model, read_config
 from ..pretraining import SpeechCLForPreTraining, objective_options
 from .arguments import (
     PretrainingDataArguments,
@@ -40,7 +40,6 @@ from .arguments import (
     SpeechTrainingArguments,
     parse_config_options,
     parse_objectives,
-    read_config,
     set_up_logging,
 )
 from .pretraining_trainer import PROBE_METRICS, PretrainingTrainer, layer_names
@@ -215,20 +214,23 @@ def write_encoder_card(
 ) -> None:
     """Write the model card of a pre-trained encoder beside it."""
     args, config = trainer.args, trainer.model.config
-    began = "" if model_args.encoder in SIZES else f", going on from `{source_name(model_args.encoder)}`"
+    base_model = None if model_args.encoder in SIZES else model_args.encoder
+    began = "" if base_model is None else f", going on from `{source_name(base_model)}`"
     write_card(
         folder,
         config=config,
         title=f"SpeechCL encoder, pre-trained with {' and '.join(config.objectives)}",
         summary="A speech encoder pre-trained on audio without transcripts by hf_speechcl, to be fine-tuned on speech "
         "recognition or classification. It gives a vector for every frame of a recording; it gives no text.",
-        usage=USE_ENCODER,
+        usage=USE_ENCODER.replace(
+            "{masks}", f"--mask_span {data_args.mask_span:g} --mask_prob {data_args.mask_prob:g}"
+        ),
         tags=["self-supervised", "pre-training", *config.objectives],
         pipeline_tag="feature-extraction",
         sources=data_args.corpus,
         methods=methods_of(config.objectives),
         args=args,
-        base_model=None if model_args.encoder in SIZES else model_args.encoder,
+        base_model=base_model,
         data=[
             data_row(data_args.corpus, split, data.corpus)
             for split, data in [("train", trainer.train_dataset), ("validation", trainer.eval_dataset)]
@@ -239,7 +241,7 @@ def write_encoder_card(
         + describe_run(trainer, runtime_seconds),
         results=f"On the validation clips, with fixed masks; collapse guard: {trainer.guard.verdict}.\n\n"
         + metrics_table(metrics),
-        limits=describe_limits(trainer.train_dataset.hours)
+        limits=describe_limits(trainer.train_dataset.hours, base_model)
         + " The numbers above measure the pre-training task; what an encoder is worth for recognition shows after "
         "fine-tuning.",
     )
