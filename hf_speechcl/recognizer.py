@@ -71,7 +71,7 @@ def find_device(name: str | torch.device) -> torch.device:
         ValueError: there is no such device.
     """
     if name == "auto":
-        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+        return torch.device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -265,7 +265,7 @@ def test_interrupted_run_goes_on_with_what_is_left_and_gives_the_same(corpus, tm
     assert [record["text"] for record in resumed] == [record["text"] for record in whole]
     assert len(partial.read_text().splitlines()) == 1 + len(corpus)
     log.remove()
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("test.json*"))
 
 
 def test_transcripts_of_another_model_are_refused_or_forgotten(corpus, tmp_path):
@@ -396,6 +396,14 @@ def test_script_goes_on_after_an_interruption_and_not_with_other_weights(
     assert len(calls) <= 5
 
 
+def test_a_run_that_could_not_begin_is_no_interrupted_one(labelled_folder, model_folder, trained, tmp_path):
+    output = tmp_path / "test.json"
+    with pytest.raises(ValueError, match="writes no text: fine-tune it first"):
+        run(trained / "encoder", labelled_folder, "--output_file", output)
+    assert not list(tmp_path.glob("test.json*"))
+    run(model_folder, labelled_folder, "--output_file", output)
+
+
 def test_scores_go_into_the_card_of_the_model_when_asked_for(labelled_folder, model_folder, tmp_path, monkeypatch):
     added = {}
     monkeypatch.setattr("hf_speechcl.hub.add_results", lambda *arguments: added.update([arguments]), raising=False)
@@ -417,6 +425,7 @@ def test_scores_go_into_the_card_of_the_model_when_asked_for(labelled_folder, mo
         (["--dtype", "int4"], "dtype must be one of float32, bfloat16, int8, found 'int4'"),
         (["--add_to_card", "True", "--model", "user/name"], "add_to_card: there is no README.md in a folder 'user/na"),
         (["--output_file", "."], "output_file: . is a folder, expected the name of a file"),
+        (["--output_file", "a.json", "--report_file", "./a.json"], "report_file: ./a.json is the output_file too"),
         (["--restart", "True"], "restart: without output_file nothing is left"),
         (["--compare_with", "/no/such.json"], "compare_with: /no/such.json cannot be read"),
         (["--model", "/no/such"], "no folder /no/such here, and no Hub name"),

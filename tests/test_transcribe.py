@@ -23,7 +23,7 @@ from hf_speechcl.__main__ import COMMANDS
 from hf_speechcl.ctc import build_processor
 from hf_speechcl.data.audio import AudioError, read_audio
 from hf_speechcl.decoding import DecodingArguments, Transcript, Word
-from hf_speechcl.recognizer import SpeechRecognizer
+from hf_speechcl.recognizer import SpeechRecognizer, find_device
 from hf_speechcl.recordings import (
     RecordingArguments,
     cut_windows,
@@ -351,3 +351,11 @@ def test_every_command_has_a_main():
 
     for module, _ in COMMANDS.values():
         assert callable(import_module(f"hf_speechcl.{module}").main)
+
+
+def test_a_build_for_an_accelerator_that_is_not_there_computes_on_the_processor(monkeypatch):
+    def current_accelerator(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert find_device("auto").type == "cpu"

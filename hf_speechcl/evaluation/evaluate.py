@@ -76,6 +76,12 @@ class EvaluationArguments:
         for name in ("output_file", "report_file"):
             if (file := getattr(self, name)) and Path(file).is_dir():
                 raise ValueError(f"{name}: {file} is a folder, expected the name of a file")
+        if (
+            self.output_file
+            and self.report_file
+            and Path(self.output_file).resolve() == Path(self.report_file).resolve()
+        ):
+            raise ValueError(f"report_file: {self.report_file} is the output_file too: give another name")
         if self.output_file and Path(self.output_file).is_file():
             _check_overwritten(Path(self.output_file), self.compare_with)
 
@@ -95,7 +101,8 @@ def _check_overwritten(file: Path, compare_with: str | None) -> None:
 def run_identity(
     args: EvaluationArguments,
     folder: str,
-    computing: ComputingArguments,
+    device_type: str,
+    dtype: str,
     decoding: DecodingArguments,
     recording: RecordingArguments,
     corpus: datasets.Dataset,
@@ -106,7 +113,8 @@ def run_identity(
     return {
         "model": source_name(args.model),
         "weights": checksum(map(state_of_file, sorted(model))),
-        "dtype": computing.dtype,
+        "device": device_type,
+        "dtype": dtype,
         "decoding": checksum([vars(decoding), vars(recording), *map(state_of_file, files)]),
         "max_seconds_per_batch": args.max_seconds_per_batch,
         "corpus": checksum([args.audio_column, *zip(corpus["id"], corpus["duration"])]),
@@ -226,11 +234,6 @@ def main(argv: list[str] | None = None) -> None:
     corpus, columns, num_without_text, skipped = load_clips(args)
     if other is not None:
         check_same_clips(other, dict(zip(corpus["id"], corpus["text"])), args.compare_with)
-    log = None
-    if args.output_file:
-        log = TranscriptLog(
-            Path(args.output_file), run_identity(args, folder, computing, decoding, recording, corpus), args.restart
-        )
     recognizer = SpeechRecognizer.from_pretrained(
         folder,
         device=device,
@@ -238,6 +241,10 @@ def main(argv: list[str] | None = None) -> None:
         decoding=decoding,
         trust_remote_code=args.trust_remote_code,
     )
+    log = None
+    if args.output_file:  # once all that may be refused has been
+        identity = run_identity(args, folder, device.type, computing.dtype, decoding, recording, corpus)
+        log = TranscriptLog(Path(args.output_file), identity, args.restart)
     dataset = SpeechDataset(corpus, recognizer.sampling_rate, min_seconds=0, in_16_bits=False)
     records = transcribe(recognizer, dataset, args.max_seconds_per_batch, log, recording)
     if state.is_main_process:
