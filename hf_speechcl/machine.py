@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def describe_machine(*packages: str, device: str | torch.device = "cpu", threads
         processor = f"{torch.cuda.get_device_name(device)}; {processor}"
     versions = [f"{name} {version(name)}" for name in ("torch", *packages)]
     return ", ".join([str(datetime.date.today()), processor, f"Python {platform.python_version()}", *versions])
+
+
+def peak_memory(device: torch.device) -> float:
+    """The highest memory so far, in MiB: of the accelerator, or of this process, not of the one that started it as
+    `resource.getrusage` counts it on Linux."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
 
 
 def machine_of(description: str) -> str:

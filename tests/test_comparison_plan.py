@@ -252,6 +252,7 @@ def test_what_is_missing_or_goes_round_is_refused(scripts, tmp_path):
             read(config | {"arms": {**config["arms"], "x": {"whole_budget": budget}}})
     with pytest.raises(ValueError, match="arms.x: expected KEY: VALUE lines, found None"):
         read(config | {"arms": {"x": None}})
+    read(config | {"arms": {**config["arms"], "x": {"like": "hubert_2", "stages": None, "tiers": None}}})
     with pytest.raises(ValueError, match="few_shot: unknown n_wya; expected"):
         read(config | {"few_shot": {"n_wya": 5}})
     for name in ("scratch", "transformers_wav2vec2", "scratch_self_trained"):

@@ -5,7 +5,6 @@ python scripts/benchmarks/long_recordings.py --model runs/ctc --corpus queen_en 
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,8 @@ import soundfile  # noqa: E402
 from hf_speechcl.command_line import option, parse_arguments  # noqa: E402
 from hf_speechcl.data import load_corpus  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
-from hf_speechcl.recognizer import SpeechRecognizer  # noqa: E402
+from hf_speechcl.machine import peak_memory  # noqa: E402
+from hf_speechcl.recognizer import SpeechRecognizer, find_device  # noqa: E402
 from hf_speechcl.recordings import RecordingArguments  # noqa: E402
 
 QUIET_SECONDS, QUIET_CLIPS = 0.1, 100  # the quietest part of the first clips fills the pauses
@@ -52,8 +52,8 @@ def main() -> None:
         text = recognizer.transcribe_recording(
             args.recording, RecordingArguments(pause_seconds=args.pause_seconds)
         ).text
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"text": text, "seconds": time.perf_counter() - began, "peak": peak}))
+        seconds = time.perf_counter() - began
+        print(json.dumps({"text": text, "seconds": seconds, "peak": peak_memory(find_device(args.device))}))
         return
     recognizer = SpeechRecognizer.from_pretrained(args.model, device=args.device)
     corpus, rate = load_corpus(args.corpus, args.split), recognizer.sampling_rate

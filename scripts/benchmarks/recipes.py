@@ -131,12 +131,12 @@ def read_config(file: Path) -> dict:
     _check_by_labels(config, str(file), every_size)
     for name, arm in config["arms"].items():
         _check(arm, "arm", f"arms.{name}")
-        for number, stage in enumerate(arm.get("stages", [])):
+        for number, stage in enumerate(arm.get("stages") or []):
             _check(stage, "stage", f"arms.{name}.stages[{number}]")
             if "max_steps" in stage.get("pretraining", {}):
                 raise ValueError(f"arms.{name}.stages[{number}]: max_steps is shared out among stages: give a share")
         _check_by_labels(arm, f"arms.{name}", every_size)
-        for tier, changes in arm.get("tiers", {}).items():
+        for tier, changes in (arm.get("tiers") or {}).items():
             if tier not in config["tiers"]:
                 raise ValueError(f"arms.{name}.tiers: there is no tier {tier!r}")
             _check(changes, "arm in a tier", f"arms.{name}.tiers.{tier}")
@@ -149,7 +149,7 @@ def read_config(file: Path) -> dict:
                 f"arms.{name}.whole_budget: expected an arm with a length of its own updates, found {budget!r}"
             )
         parts = own.get("self_training")
-        if parts is None and any(SELF_TRAININGS & set(layer) for layer in [own, *own.get("tiers", {}).values()]):
+        if parts is None and any(SELF_TRAININGS & set(layer) for layer in [own, *(own.get("tiers") or {}).values()]):
             raise ValueError(f"arms.{name}: it changes self_training, which it does not have")
         if parts is not None:
             if not arm.get("like") or {"pretraining", "stages"} & set(arm):
@@ -220,7 +220,7 @@ def build_recipe(config: dict, tier: str, arm: str, sizes: list[str], quick: boo
     if is_peer and quick:
         raise ValueError(f"quick.arms: {arm} is trained for a time, and the quick run has updates: leave it out")
     of_all = [config, config["tiers"][tier]]
-    of_arm = [own, own.get("tiers", {}).get(tier, {}), *([config["quick"]] if quick else [])]
+    of_arm = [own, (own.get("tiers") or {}).get(tier, {}), *([config["quick"]] if quick else [])]
 
     pretraining = _merge(*(layer.get("pretraining", {}) for layer in [*([] if is_peer else of_all), *of_arm]))
     stages = []

@@ -14,7 +14,6 @@ import ctypes
 import gc
 import io
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from hf_speechcl.ctc import build_processor  # noqa: E402
 from hf_speechcl.data import load_corpus  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
 from hf_speechcl.int8 import quantize_linear  # noqa: E402
-from hf_speechcl.machine import describe_machine  # noqa: E402
+from hf_speechcl.machine import describe_machine, peak_memory  # noqa: E402
 from hf_speechcl.recognizer import SpeechRecognizer, check_dtype, find_device  # noqa: E402
 
 RATE = 16000
@@ -174,7 +173,7 @@ def serve(args: Arguments) -> None:
         else:
             stock(clips, batch_size=case.batch_size)
         seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "peak": read_peak(device), "rest": rest}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak": peak_memory(device), "rest": rest}), flush=True)
 
 
 @torch.inference_mode()
@@ -200,15 +199,7 @@ def reset_peak(device: torch.device) -> float:
     else:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    return read_peak(device)
-
-
-def read_peak(device: torch.device) -> float:
-    """The highest memory since, in MiB: of the accelerator, or all of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
+    return peak_memory(device)
 
 
 class Worker:
