@@ -66,7 +66,8 @@ class SpeechCLConfig(PreTrainedConfig):
             language); a record, which fine-tuning goes on with.
 
     Raises:
-        ValueError: a combination that no model can have, with the field named.
+        huggingface_hub.errors.StrictDataclassError: a value or a combination that no model can have, with the field
+            named.
     """
 
     model_type = "speechcl"
@@ -132,6 +133,9 @@ class SpeechCLConfig(PreTrainedConfig):
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, found {getattr(self, name)}")
+        for name in ("log_mel_floor", "log_mel_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be positive or None, found {self.sliding_window}")
         kernel_size = self.conv_depthwise_kernel_size

@@ -60,14 +60,16 @@ class HiddenStates:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not hasattr(config, "inputs_to_logits_ratio"):
             raise ValueError(f"model {name}: {config.model_type} is no encoder of the wav2vec 2.0 family")
-        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval().to(device)
+        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32, use_safetensors=True)
+        if encoder.main_input_name != "input_values" or config.is_encoder_decoder:
+            raise ValueError(f"model {name}: {config.model_type} does not encode waveforms alone")
         try:
             extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
             normalize, sampling_rate = extractor.do_normalize, extractor.sampling_rate
         except OSError:
             normalize, sampling_rate = False, getattr(config, "sampling_rate", 16000)
             logger.info("%s has no preprocessor_config.json: waveforms go in as they are", source_name(name))
-        return cls(encoder, layers, normalize, sampling_rate)
+        return cls(encoder.eval().to(device), layers, normalize, sampling_rate)
 
     @torch.no_grad()
     def __call__(self, samples: torch.Tensor) -> np.ndarray:

@@ -132,10 +132,12 @@ def read_config(name: str, folder: str, **options) -> SpeechCLConfig:
 
     Raises:
         ValueError: it is a model of another kind.
+        huggingface_hub.errors.StrictDataclassError: fields that no model can have.
     """
     config = AutoConfig.from_pretrained(folder, **options)
     if not isinstance(config, SpeechCLConfig):
         raise ValueError(f"{name} is a {config.model_type} model: expected one that hf_speechcl pre-trained")
+    config.validate()  # transformers does so before it changes fields
     return config
 
 

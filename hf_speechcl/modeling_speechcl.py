@@ -589,16 +589,17 @@ class SpeechCLForCTC(SpeechCLHeadModel):
                 )
             targets = labels.masked_select(labels >= 0)
             log_probs = nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)  # (T, B, V)
+            has_loss = logits.device if logits.device.type in ("cpu", "cuda") else "cpu"  # torch has it for these alone
             with torch.backends.cudnn.flags(enabled=False):
                 loss = nn.functional.ctc_loss(
-                    log_probs,
-                    targets,
-                    frame_lengths,
-                    (labels >= 0).sum(-1),
+                    log_probs.to(has_loss),
+                    targets.to(has_loss),
+                    frame_lengths.to(has_loss),
+                    (labels >= 0).sum(-1).to(has_loss),
                     blank=self.config.pad_token_id,
                     reduction=self.config.ctc_loss_reduction,
                     zero_infinity=self.config.ctc_zero_infinity,
-                )
+                ).to(logits.device)
         if attention_mask is not None and not self.training:
             padding = ~length_mask(frame_lengths, logits.shape[1])[..., None]
             blank = torch.arange(self.config.vocab_size, device=logits.device) == self.config.pad_token_id

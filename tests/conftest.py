@@ -30,6 +30,13 @@ from hf_speechcl.training.finetune_ctc import main as finetune_ctc
 from hf_speechcl.training.pretrain import main as pretrain
 from tests.local_hub import FakeHub
 
+try:
+    import kenlm
+    import pyctcdecode
+except ImportError:
+    kenlm = pyctcdecode = None
+
+needs_lm = pytest.mark.skipif(pyctcdecode is None, reason="the extra lm is not installed")
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # scripts run in processes of their own test this checkout, not an installed one
 TINY = {

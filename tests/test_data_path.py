@@ -104,14 +104,23 @@ def test_batches_are_the_same_whoever_makes_them(corpus, tmp_path):
     torch.testing.assert_close(made_by_process, expected, rtol=0, atol=0)
 
 
-def test_batches_made_ahead_by_processes_that_stay_are_of_every_epoch(corpus, tmp_path):
+def test_batches_made_ahead_by_processes_that_stay_are_of_every_epoch(corpus, tmp_path, monkeypatch):
     options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "no"}
     trainer = make_pretraining_trainer(
         corpus, tmp_path, {"best_rq": {"codebook_size": 8}}, num_train_epochs=3, save_strategy="no", **options
     )
     trainer.makes_ahead = True
+    masks, training_step = [], trainer.training_step
+
+    def seen(model, inputs, *args):
+        masks.append(inputs["mask_time_indices"].sum(0).tolist())
+        return training_step(model, inputs, *args)
+
+    monkeypatch.setattr(trainer, "training_step", seen)
     trainer.train()
-    assert trainer.state.global_step == trainer.state.max_steps > len(trainer.get_train_dataloader())
+    assert trainer.state.global_step == trainer.state.max_steps == len(masks) == 3 * len(trainer.get_train_dataloader())
+    epochs = [sorted(masks[first : first + len(masks) // 3]) for first in range(0, len(masks), len(masks) // 3)]
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_items_are_made_ahead_in_order_and_an_error_comes_in_its_place():

@@ -14,16 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ParakeetTokenizer
 
 from hf_speechcl.ctc import build_processor
-from hf_speechcl.decoding import DecodingArguments, build_decoder, join_transcripts
+from hf_speechcl.decoding import DecodingArguments, Transcript, build_decoder, join_transcripts
 from hf_speechcl.language_model import LanguageModelArguments, estimate, main, read_words, text_policy_of
 from hf_speechcl.text_policy import TextPolicy
+from tests.conftest import kenlm, needs_lm
 
-try:
-    import kenlm
-    import pyctcdecode
-except ImportError:
-    kenlm = pyctcdecode = None
-needs_lm = pytest.mark.skipif(pyctcdecode is None, reason="the extra lm is not installed")
 GREEDY_AND_BEAM = [
     pytest.param(DecodingArguments(), id="greedy"),
     pytest.param(DecodingArguments(beam_width=10), id="beam", marks=needs_lm),
@@ -291,6 +286,7 @@ def test_joined_transcripts_tell_words_if_all_parts_do():
     assert join_transcripts(parts).text == "cat on"
     assert join_transcripts(parts).confidence == pytest.approx(0.9)
     assert join_transcripts([]).text == ""
+    assert join_transcripts([parts[0], Transcript("x", None, None)]) == Transcript("cat x", None, None)
 
 
 class PlainKneserNey:

@@ -26,6 +26,7 @@ from hf_speechcl.evaluation.asr import (
     paired_bootstrap,
     slice_rates,
 )
+from hf_speechcl.evaluation.comparison import compare
 from hf_speechcl.evaluation.evaluate import main as evaluate
 from hf_speechcl.evaluation.report import histogram
 from hf_speechcl.evaluation.transcription import TranscriptLog, estimate_snr, transcribe
@@ -363,6 +364,16 @@ def test_models_are_compared_on_the_same_clips_only(labelled_folder, model_folde
     (labelled_folder / "metadata.csv").write_text("file_name,text\nclip0.wav,hello there\nclip1.wav,other")
     with pytest.raises(ValueError, match="is of 4 clips, this run of 2, and 3 are not in both .*clip1.wav"):
         run(model_folder, labelled_folder, "--compare_with", first)
+
+
+def test_a_comparison_is_of_this_model_less_the_other_on_the_clips_of_both():
+    clips = [{"id": name, "reference": "a b", "hypothesis": "a c"} for name in "wxyz"]
+    others = [{"id": name, "reference": "a b", "hypothesis": "a b"} for name in "xyz"]
+    other = {"model": "other", "decoding": "greedy", "transcripts": others}
+    found = compare(clips, other)
+    assert found["clips"] == 3
+    assert found["wer"] == {"other": 0, "difference": 0.5, "low": 0.5, "high": 0.5, "share_better": 0}
+    assert found["cer"]["difference"] == pytest.approx(1 / 3)
 
 
 def test_script_goes_on_after_an_interruption_and_not_with_other_weights(

@@ -18,7 +18,12 @@ from hf_speechcl.training.ctc_trainer import BlankGuard, CTCTrainer, CTCTraining
 from hf_speechcl.training.finetune_classifier import ClassifierTrainingArguments
 from hf_speechcl.training.finetune_classifier import main as finetune_classifier
 from hf_speechcl.training.finetune_ctc import main as finetune_ctc
-from hf_speechcl.training.finetuning import FineTuningModelArguments, choose_trained
+from hf_speechcl.training.finetuning import (
+    FineTuningArguments,
+    FineTuningModelArguments,
+    check_frozen_share,
+    choose_trained,
+)
 from hf_speechcl.training.guard import CollapseError
 from tests.conftest import SHORT_RUN, TINY, TINY_OPTIONS
 
@@ -79,6 +84,21 @@ def test_frozen_encoder_with_a_weighted_sum_trains_the_head_and_the_weights_only
         eval_strategy="no", save_strategy="no", warmup_steps=0,
     )  # fmt: skip
     assert changed_by_training(trainer) == {"layer_weights", "lm_head.weight", "lm_head.bias"}
+
+
+def test_a_share_of_frozen_updates_is_of_the_length_that_the_run_was_begun_with(tmp_path):
+    checkpoint = tmp_path / "checkpoint-8"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 8, "max_steps": 8, "num_train_epochs": 2}')
+    options = {"output_dir": str(tmp_path), "use_cpu": True}
+    for longer in ({"max_steps": 20}, {"num_train_epochs": 3}):
+        with pytest.raises(
+            ValueError, match=r"freeze_encoder_steps=0.5 is a share of the run, whose .* and is (20|3) now"
+        ):
+            check_frozen_share(FineTuningArguments(**options, freeze_encoder_steps=0.5, **longer), str(checkpoint))
+        check_frozen_share(FineTuningArguments(**options, freeze_encoder_steps=4, **longer), str(checkpoint))
+    for same in ({"max_steps": 8}, {"num_train_epochs": 1.5}):
+        check_frozen_share(FineTuningArguments(**options, freeze_encoder_steps=0.5, **same), str(checkpoint))
 
 
 @pytest.mark.parametrize("model_class", [SpeechCLForCTC, SpeechCLForSequenceClassification])

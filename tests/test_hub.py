@@ -113,6 +113,7 @@ def test_pretrained_folder_loads_by_name_and_trains_on(hub, trained, tmp_path):
 
 def test_saving_and_pushing_at_once_sends_the_code_too(hub, config, tmp_path, clips):
     SpeechCLForCTC(config).save_pretrained(tmp_path / "my-model", push_to_hub=True, private=True, token=TOKEN)
+    assert HfApi().model_info("tester/my-model", token=TOKEN).private
     sent = set(HfApi().list_repo_files("tester/my-model", token=TOKEN))
     assert sent >= {"config.json", "model.safetensors", "configuration_speechcl.py", "modeling_speechcl.py"}
     assert (tmp_path / "my-model/model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
@@ -315,7 +316,16 @@ def test_processes_measure_what_one_process_would(audio_folder, monkeypatch):
     (audio_folder / INDEX_FILE).unlink()
     monkeypatch.setattr(index, "CLIPS_WITHOUT_WORKERS", 0)
     monkeypatch.setattr(index, "CLIPS_PER_TASK", 2)
+    read_duration = index.read_duration
+
+    def read_in_process(audio):
+        (audio_folder.parent / f"read_by_{os.getpid()}").touch()
+        return read_duration(audio)
+
+    monkeypatch.setattr(index, "read_duration", read_in_process)
     assert load_corpus(str(audio_folder)).to_dict() == expected
+    others = {path.name for path in audio_folder.parent.glob("read_by_*")} - {f"read_by_{os.getpid()}"}
+    assert others or sys.platform != "linux"
 
 
 # ---- many rows ----

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,7 +29,12 @@ from hf_speechcl import (
 )
 from hf_speechcl.ctc import build_processor
 from hf_speechcl.data.collators import pad_waveforms
-from tests.conftest import SMALL_OBJECTIVES, TINY
+from hf_speechcl.evaluation.few_shot import PrototypicalClassifier
+from hf_speechcl.features import HiddenStates
+from hf_speechcl.hub import read_config
+from hf_speechcl.training.finetune_ctc import main as finetune_ctc
+from hf_speechcl.training.pretrain import main as pretrain
+from tests.conftest import FAST_RUN, SMALL_OBJECTIVES, TINY
 
 
 @pytest.fixture
@@ -96,8 +102,24 @@ def test_constants_that_are_not_saved_are_right_after_loading(model_class, confi
     model = model_class(config)
     model.save_pretrained(tmp_path)
     loaded = model_class.from_pretrained(tmp_path)
-    for (name, buffer), (_, expected) in zip(loaded.named_buffers(), model.named_buffers()):
-        torch.testing.assert_close(buffer, expected, rtol=0, atol=0, msg=name)
+    found, expected = (getattr(part, "speechcl", part).log_mel for part in (loaded, model))
+    for name in ("window", "filters"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0, msg=name)
+
+
+def test_changed_fields_of_a_folder_are_checked_as_those_of_a_new_model(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    assert read_config("mine", str(tmp_path), sliding_window=None).sliding_window is None
+    with pytest.raises(StrictDataclassError, match="sliding_window must be positive or None, found 0"):
+        read_config("mine", str(tmp_path), sliding_window=0)
+
+
+def test_the_teacher_of_a_loaded_model_is_not_trained(tmp_path):
+    config = SpeechCLConfig(**TINY, objectives={"data2vec": {"top_layers": 1}})
+    SpeechCLForPreTraining(config).save_pretrained(tmp_path)
+    loaded = SpeechCLForPreTraining.from_pretrained(tmp_path).train()
+    is_trained = {name: p.requires_grad for name, p in loaded.named_parameters()}
+    assert {name for name in is_trained if ".teacher." in name} == {name for name in is_trained if not is_trained[name]}
 
 
 def test_config_survives_a_round_trip(config, tmp_path):
@@ -237,3 +259,17 @@ def test_timestamps_fall_where_the_tokens_are(recognizer, clips):
 def test_another_sampling_rate_is_refused_by_the_extractor(recognizer, clips):
     with pytest.raises(ValueError, match="16000"):
         recognizer.feature_extractor(clips[0], sampling_rate=8000)
+
+
+def test_weights_that_would_be_unpickled_are_not_loaded(config, tmp_path):
+    model = SpeechCLModel(config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for load in (PrototypicalClassifier, lambda folder: HiddenStates.load(folder, None, "cpu")):
+        with pytest.raises(OSError, match="model.safetensors"):
+            load(str(tmp_path))
+    run = [*FAST_RUN, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    for script, option in ((pretrain, "--encoder"), (finetune_ctc, "--model")):
+        with pytest.raises(OSError, match="model.safetensors"):
+            script([*run, option, str(tmp_path)])

@@ -1,18 +1,21 @@
 """Losses and quantisers against plain-loop references, in float32 and under bfloat16 autocast."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+from hf_speechcl import SpeechCLConfig
 from hf_speechcl.objectives.best_rq import masked_prediction_loss
 from hf_speechcl.objectives.cpc import cpc_logits
 from hf_speechcl.objectives.data2vec import regression_loss, top_layers_target
 from hf_speechcl.objectives.denoising import reconstruction_loss
 from hf_speechcl.objectives.info_nce import nt_xent_logits
 from hf_speechcl.objectives.prototypical import draw_episodes, prototype_logits
-from hf_speechcl.objectives.siamese import pair_losses, simsiam_loss
+from hf_speechcl.objectives.siamese import Siamese, pair_losses, simsiam_loss
 from hf_speechcl.objectives.targets import normalize_over_time, stack_frames
-from hf_speechcl.objectives.triplet import MINING, triplet_gaps
+from hf_speechcl.objectives.triplet import MINING, Triplet, triplet_gaps
 from hf_speechcl.objectives.wav2vec2 import contrastive_logits, diversity_loss
 from hf_speechcl.quantizers import (
     GumbelVectorQuantizer,
@@ -22,6 +25,7 @@ from hf_speechcl.quantizers import (
     perplexity,
 )
 from tests import reference
+from tests.conftest import TINY
 
 
 @pytest.fixture(autouse=True, params=["float32", "autocast"])
@@ -130,6 +134,46 @@ def test_triplet_gaps_equal_reference(mining, labels, kind):
     gaps.sum().backward()
     assert embeddings.grad.isfinite().all()
     assert gaps.tolist() == pytest.approx(reference.triplet_gaps(embeddings, labels, mining), abs=1e-5)
+
+
+@pytest.mark.parametrize("soft_margin", [False, True])
+@pytest.mark.parametrize("mining", MINING)
+def test_triplet_loss_is_the_sum_over_the_gaps(mining, soft_margin):
+    objective = Triplet(SpeechCLConfig(**TINY), mining=mining, margin=0.3, soft_margin=soft_margin)
+    embeddings, labels = torch.randn(4, 2, 6), torch.tensor([0, 1, 0, 2])
+    gaps = reference.triplet_gaps(embeddings.flatten(0, 1), labels.repeat_interleave(2), mining)
+    losses = [math.log1p(math.exp(gap)) if soft_margin else max(0.0, 0.3 + gap) for gap in gaps]
+    output = objective.contrast(embeddings, labels, labels)
+    assert output.loss.item() == pytest.approx(sum(losses), abs=1e-4)
+    counted = [loss for loss in losses if loss > 0] if mining == "batch_all" and not soft_margin else losses
+    assert output.num_items == len(counted) > 0
+
+
+def test_siamese_loss_counts_pairs_of_a_class_as_much_as_all_others():
+    objective = Siamese(SpeechCLConfig(**TINY), margin=1.2)
+    embeddings, labels = torch.randn(4, 2, 6), torch.tensor([0, 1, 0, 2])
+    pairs = reference.pair_losses(embeddings.flatten(0, 1), labels.repeat_interleave(2), 1.2)
+    same, apart = ([loss for is_same, loss in pairs if is_same == wanted] for wanted in (True, False))
+    output = objective.contrast(embeddings, labels, labels)
+    assert output.loss.item() == pytest.approx(sum(same) + len(same) / len(apart) * sum(apart), abs=1e-4)
+    assert output.num_items == 2 * len(same)
+
+
+def test_simsiam_passes_no_gradient_through_its_targets_unless_asked_to():
+    gradients = {}
+    for stop_gradient in (True, False):
+        torch.manual_seed(0)
+        objective = Siamese(
+            SpeechCLConfig(**TINY), form="simsiam", stop_gradient=stop_gradient, proj_dim=6, batch_norm=False
+        )
+        embeddings, labels = torch.randn(3, 2, 6, requires_grad=True), torch.arange(3)
+        objective.contrast(embeddings, labels, labels).loss.backward()
+        gradients[stop_gradient] = embeddings.grad
+        if stop_gradient:
+            predictions = objective.predictor(embeddings.flatten(0, 1)).view_as(embeddings)
+            (expected,) = torch.autograd.grad(simsiam_loss(predictions, embeddings.detach()), embeddings)
+            torch.testing.assert_close(embeddings.grad, expected)
+    assert not torch.allclose(gradients[True], gradients[False])
 
 
 @pytest.mark.parametrize("kind", ["random", "equal"])
@@ -251,8 +295,9 @@ def test_best_rq_quantizer_depends_on_its_seed_alone():
     for number, quantizer in enumerate((first, second, third)):
         torch.manual_seed(number)
         quantizer.init_weights()
-    torch.testing.assert_close(first.projection, second.projection, rtol=0, atol=0)
-    assert not torch.equal(first.codebook, third.codebook)
+    for name in ("projection", "codebook"):
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=0)
+        assert not torch.equal(getattr(first, name), getattr(third, name))
 
 
 def test_perplexity_counts_codes_in_use():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Trainer, TrainingArguments
 
 from hf_speechcl import (
@@ -400,11 +401,13 @@ def test_named_sizes_have_their_parameters(size):
         ("hop_length", 500, "hop_length"),
         ("ctc_loss_reduction", "none", "ctc_loss_reduction"),
         ("layerdrop", 1.5, "layerdrop"),
+        ("log_mel_floor", 0.0, "log_mel_floor must be above 0"),
+        ("log_mel_std", 0.0, "log_mel_std must be above 0"),
         ("conv_depthwise_kernel_size", 4, "conv_depthwise_kernel_size must be odd"),
     ],
 )
 def test_impossible_configuration_is_refused_by_name(field, value, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         SpeechCLConfig(**{field: value})
 
 

@@ -16,6 +16,16 @@ from hf_speechcl.recordings import (
 from tests.recognizers import RATE, write
 
 
+def test_an_utterance_begins_and_ends_with_its_sound():
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE).astype(np.float32)
+    silence = np.zeros(RATE, np.float32)
+    levels, num_samples = measure_levels([np.concatenate([silence, tone, silence, tone, silence])], RATE)
+    found = find_utterances(levels, num_samples, RATE, pause_seconds=0.5)
+    for (begin, end), first in zip(found, (1, 3), strict=True):
+        assert (first - 0.25) * RATE <= begin <= first * RATE
+        assert (first + 1) * RATE <= end <= (first + 1.25) * RATE
+
+
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 48000])
 def test_streamed_audio_is_the_audio_read_at_once(clips, tmp_path, rate):
     audio = {"path": write(tmp_path / "a.wav", np.stack([clips[3], 0.5 * clips[3]], 1), rate)}

@@ -187,6 +187,26 @@ def test_run_with_batches_made_ahead_resumes_within_an_epoch_and_ends_with_the_s
     torch.testing.assert_close(weights["resumed"], weights["plain"], rtol=0, atol=0)
 
 
+def test_a_run_resumed_within_a_later_epoch_ends_with_the_same_weights(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(14):
+        noise = 0.1 * torch.randn(4 * 16000, generator=generator)
+        soundfile.write(corpus / f"{number}.wav", noise.numpy(), 16000)
+    weights = {}
+    for run in ("whole", "resumed"):
+        command = pretraining_command(tmp_path / run, 12, "--save_steps", 7, "--corpus", corpus)
+        command += ["--validation_fraction", "0.15", "--eval_strategy", "no", "--report_to", "none"]
+        if run == "resumed":
+            command += ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-7"]
+        pretrain([str(part) for part in command])
+        weights[run] = load_file(tmp_path / run / "model.safetensors")
+    epoch = json.loads((tmp_path / "whole" / "checkpoint-7" / "trainer_state.json").read_text())["epoch"]
+    assert 1 < epoch < 2
+    torch.testing.assert_close(weights["resumed"], weights["whole"], rtol=0, atol=0)
+
+
 def test_run_that_compares_clips_of_several_micro_batches_resumes_exactly(tmp_path):
     command = ["--max_steps", 6, "--objectives", "info_nce=1", "--gradient_accumulation_steps", 2]
     command += ["--encoder_options", *TINY_OPTIONS, "hidden_dropout=0.3", *FAST_RUN, "--save_strategy", "steps"]

@@ -97,6 +97,17 @@ def test_labels_noise_corruption_and_accumulation_together(audio_folder, tmp_pat
     assert sum("eval_loss" in entry for entry in log) == 4  # at the start, after each update and at the end
 
 
+def test_clips_without_a_label_are_not_held_out_to_validate_labels_by(audio_folder, tmp_path, caplog):
+    for number in range(40):
+        shutil.copy(audio_folder / f"clip{number % 4}.wav", audio_folder / f"unlabelled{number}.wav")
+    labels = [f"unlabelled{number}.wav,{'ab'[number % 2]}" for number in range(8)]
+    (audio_folder / "metadata.csv").write_text("\n".join(["file_name,speaker", *labels]))
+    options = "--objectives prototypical=1 --label_column speaker --clips_per_label 2 --max_seconds_per_batch 12"
+    options = f"{options} --validation_fraction 0.5 --max_steps 1".split()
+    pretrain([*RUN, *options, "--corpus", str(audio_folder), "--output_dir", str(tmp_path / "run")])
+    assert ": 4 of 44 clips are held out" in caplog.text  # of the eight with one
+
+
 def test_article_configuration_trains_its_model(tmp_path):
     config = str(ROOT / "scripts" / "configs" / "article.yaml")
     pretrain(["--config", config, "--use_cpu", "--disable_tqdm", "True", "--max_steps", "30", "--eval_on_start", "True"]

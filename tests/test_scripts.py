@@ -78,8 +78,27 @@ def test_road_logs_what_a_run_is_judged_by(road):
         "best_rq/code_perplexity", "wav2vec2/loss", "wav2vec2/contrastive_loss", "wav2vec2/diversity_loss",
         "wav2vec2/accuracy", "wav2vec2/code_perplexity", "wav2vec2/gumbel_temperature", "eval_best_rq/loss",
     }  # fmt: skip
+    temperatures = [line[name] for line in history if (name := "wav2vec2/gumbel_temperature") in line]
+    assert temperatures[-1] < temperatures[0]
     tuned = json.loads((road["folder"] / "ctc" / "trainer_state.json").read_text())["log_history"]
     assert set().union(*tuned) >= {"ctc/loss", "eval_wer", "eval_wer_low", "eval_wer_high", "eval_cer", "eval_ctc/loss"}
+
+
+def test_options_of_the_collators_come_from_the_command_line(tmp_path):
+    options = "--objectives best_rq siamese --mask_span 0.08 --mask_prob 0.3 --view_seconds 1.5".split()
+    model, data, args = parse_arguments(
+        [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], "", ["--use_cpu", *options]
+    )
+    collator = pretrain.build_trainer(model, data, args).data_collator
+    assert (collator.mask_span, collator.mask_prob, collator.max_view_samples) == (2, 0.3, 24000)
+    options = "--max_shift 0.01 --mask_time_prob 0.2 --mask_time_span 0.12 --num_feature_masks 3".split()
+    (data,) = parse_arguments([finetune_ctc.CTCDataArguments], "", options)
+    assert data.regularization(SpeechCLConfig(**TINY)) == {
+        "max_shift": 160, "mask_time_prob": 0.2, "mask_time_span": 3, "num_mel_bins": TINY.get("num_mel_bins", 80),
+        "num_feature_masks": 3, "mask_feature_span": 20,
+    }  # fmt: skip
+    (data,) = parse_arguments([finetune_ctc.CTCDataArguments], "", ["--num_feature_masks", "0"])
+    assert data.regularization(SpeechCLConfig(**TINY, num_mel_bins=16))["num_feature_masks"] == 0
 
 
 def test_tensorboard_gets_the_scalars(road):
@@ -186,6 +205,11 @@ def test_bad_clips_in_a_run_are_counted_and_named(audio_folder, clips, tmp_path,
         ),
         ("pretrain.py", ["--objectives", "info_nce", "--corrupt_input"], "corrupt_input is for objectives on frames"),
         ("pretrain.py", ["--label_column", "speaker"], "label_column='speaker' is for objectives that compare clips"),
+        ("pretrain.py", ["--view_seconds", "1"], "view_seconds is for objectives that compare clips"),
+        ("pretrain.py", ["--view_augmentations", "speed=1"], "view_augmentations is for objectives that compare"),
+        ("pretrain.py", ["--objectives", "siamese", "--clips_per_label", "8"], "clips_per_label is of label_column"),
+        ("pretrain.py", ["--probe_clips", "8"], "probe_clips is of the clips of probe_corpus: name a source"),
+        ("pretrain.py", ["--probe_layers", "1"], "probe_layers is of the clips of probe_corpus: name a source"),
         ("pretrain.py", ["--objectives", "bestrq=1"], "unknown objective 'bestrq': expected one of info_nce"),
         ("pretrain.py", ["--objectives", "best_rq=nan"], "weight of best_rq must be a positive number"),
         ("pretrain.py", ["--objective_options", "best_rq.size=2"], "has no option size: it takes num_codebooks"),

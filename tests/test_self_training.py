@@ -18,7 +18,7 @@ from hf_speechcl.data.pseudo_labels import SCHEMA, KnownRecordings, PseudoLabels
 from hf_speechcl.recognizer import SpeechRecognizer
 from hf_speechcl.text_policy import TextPolicy
 from hf_speechcl.training import finetune_ctc, make_pseudo_labels
-from tests.conftest import FAST_RUN, ROOT, launch
+from tests.conftest import FAST_RUN, ROOT, launch, needs_lm
 
 RATE = 16000
 
@@ -81,17 +81,24 @@ def test_texts_are_those_of_the_recogniser_clip_by_clip(teacher, audio, tmp_path
     assert labels.description["hours"] == pytest.approx(sum(row["duration"] for row in rows) / 3600)
 
 
-def test_decoding_and_source_are_as_asked_for(teacher, audio, tmp_path):
+def test_source_is_as_asked_for(teacher, audio, tmp_path):
     (audio / "test").mkdir()
     (audio / "0.wav").rename(audio / "test/0.wav")
     greedy = make(teacher, audio, tmp_path / "greedy", "--split", "test")
     assert [row["id"] for row in greedy] == ["test/0.wav"]
-    hot = ("--beam_width", "5", "--hot_words", "zz", "--hot_word_weight", "50")
-    assert make(teacher, audio, tmp_path / "hot", "--split", "test", *hot)[0]["text"] != greedy[0]["text"]
     assert make(teacher, audio, tmp_path / "long", "--min_seconds", "2")[0]["duration"] > 2
     pyarrow.parquet.write_table(pyarrow.table({"sound": [greedy[0]["audio"]]}), tmp_path / "train.parquet")
     again = make(teacher, tmp_path / "train.parquet", tmp_path / "again", "--audio_column", "sound")
     assert again[0]["text"] == greedy[0]["text"]
+
+
+@needs_lm
+def test_decoding_is_as_asked_for(teacher, audio, tmp_path):
+    hot = ("--beam_width", "5", "--hot_words", "zz", "--hot_word_weight", "50")
+    greedy = make(teacher, audio, tmp_path / "greedy")
+    assert make(teacher, audio, tmp_path / "hot", *hot)[0]["text"] != greedy[0]["text"]
+    with pytest.raises(FileExistsError, match="decoding="):
+        make(teacher, audio, tmp_path / "greedy", "--beam_width", "2")
 
 
 def test_long_recordings_are_split(teacher, audio, tmp_path, monkeypatch):
@@ -172,8 +179,6 @@ def test_what_else_is_in_the_folder_is_not_touched(teacher, trained, audio, tmp_
         make(teacher, audio, folder, "--max_seconds", "5")
     with pytest.raises(FileExistsError, match="weights="):
         make(trained / "ctc", audio, folder)
-    with pytest.raises(FileExistsError, match="decoding="):
-        make(teacher, audio, folder, "--beam_width", "2")
     with pytest.raises(FileExistsError, match="clips="):
         make(teacher, audio, folder, "--audio_column", "audio_far")
     with pytest.raises(FileExistsError, match="dtype='float32', now 'int8'"):

@@ -8,12 +8,19 @@ import soundfile
 import soxr
 import torch
 from safetensors.numpy import save_file
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+from transformers import (
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+)
 
 from hf_speechcl import SpeechCLConfig, SpeechCLForPreTraining, SpeechCLModel, SpeechDataset, load_corpus
 from hf_speechcl.data import PretrainingCollator
 from hf_speechcl.data.audio import to_float32
 from hf_speechcl.data.units import Units, units_table
+from hf_speechcl.features import HiddenStates
 from hf_speechcl.objectives.hubert import HuBERT, unit_logits
 from hf_speechcl.training import make_units, pretrain
 from hf_speechcl.training.unit_features import MFCC, EncoderLayer
@@ -269,6 +276,13 @@ def test_encoder_without_such_a_layer_or_rate_is_refused(encoder1, tmp_path):
             make(tmp_path / "units", "--features", encoder1, "--layer", layer)
     with pytest.raises(ValueError, match="samples_per_unit=320, but .* has 640: leave it out"):
         make(tmp_path / "units", "--features", encoder1, "--layer", 1, "--samples_per_unit", 320)
+
+
+def test_encoders_of_other_inputs_are_refused(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    Wav2Vec2BertModel(Wav2Vec2BertConfig(**sizes, feature_projection_input_dim=16)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="wav2vec2-bert does not encode waveforms alone"):
+        HiddenStates.load(str(tmp_path))
 
 
 def test_too_few_frames_for_the_units_are_refused(audio_folder, tmp_path):

@@ -197,7 +197,8 @@ def load_model(name: str | Path) -> SpeechCLPreTrainedModel:
         raise ValueError(f"model {str(name)!r}: expected a folder or a Hub name")
     folder = find_model(name)
     pretraining = SpeechCLForPreTraining.__name__ in (read_config(str(name), folder).architectures or [])
-    return (SpeechCLForPreTraining if pretraining else SpeechCLModel).from_pretrained(folder, dtype=torch.float32)
+    model_class = SpeechCLForPreTraining if pretraining else SpeechCLModel
+    return model_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
 def find_objective(model: SpeechCLPreTrainedModel) -> UtteranceObjective:

@@ -112,8 +112,11 @@ class ProbeArguments:
     phone_ends_column: str = option("phone_ends", "Column with a list of the phones' ends, in seconds.")
 
     def __post_init__(self):
-        if self.probe_layers and not self.probe_corpus:
-            raise ValueError("probe_layers are for the clips of probe_corpus: name one, or leave them out")
+        if not self.probe_corpus:
+            for name in ("probe_layers", "probe_split", "probe_clips", "phones_column", "phone_ends_column"):
+                usual = [] if name == "probe_layers" else self.__dataclass_fields__[name].default
+                if getattr(self, name) != usual:
+                    raise ValueError(f"{name} is of the clips of probe_corpus: name a source, or leave it out")
         if self.probe_clips < 2:
             raise ValueError(f"probe_clips must be 2 at least, to fit on and to test on, found {self.probe_clips}")
 

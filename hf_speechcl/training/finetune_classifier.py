@@ -40,6 +40,7 @@ from .finetuning import (
     FineTuningTrainer,
     RegularizationArguments,
     build_model,
+    check_frozen_share,
     choose_trained,
     describe_finetuning,
     load_config,
@@ -237,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    check_frozen_share(args, checkpoint)
     config = load_config(model_args)
     regularization = data_args.regularization(config)
     prepare_to_push(args)

@@ -36,6 +36,7 @@ from .finetuning import (
     FineTuningModelArguments,
     RegularizationArguments,
     build_model,
+    check_frozen_share,
     choose_trained,
     describe_finetuning,
     load_config,
@@ -248,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(ARGUMENTS, DESCRIPTION, argv)
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    check_frozen_share(args, checkpoint)
     config = load_config(model_args)
     regularization = data_args.regularization(config)
     policy = text_policy(data_args, config.text_policy if is_recognizer(model_args) else None)

@@ -1,12 +1,15 @@
 """What fine-tuning has in common, whatever the head: options, the model, and its trainer."""
 
+import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..command_line import option
@@ -88,7 +91,7 @@ class RegularizationArguments:
         Raises:
             ValueError: a band wider than all mel bins.
         """
-        if self.mask_feature_span > config.num_mel_bins:
+        if self.num_feature_masks and self.mask_feature_span > config.num_mel_bins:
             raise ValueError(f"mask_feature_span ({self.mask_feature_span}) exceeds the {config.num_mel_bins} mel bins")
         return {
             "max_shift": round(self.max_shift * config.sampling_rate),
@@ -135,6 +138,25 @@ class FineTuningArguments(SpeechTrainingArguments):
         return saves == SaveStrategy.BEST or evaluates.value == saves.value
 
 
+def check_frozen_share(args: FineTuningArguments, checkpoint: str | None) -> None:
+    """Refuse to go on with a run of another length, where the encoder is frozen for a share of it: it may be trained
+    already, and would be frozen again.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    if checkpoint is None or not 0 < args.freeze_encoder_steps < 1:
+        return
+    state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    length = math.ceil(getattr(args, name))
+    if state[name] != length:
+        raise ValueError(
+            f"freeze_encoder_steps={args.freeze_encoder_steps} is a share of the run, whose {name} was {state[name]} "
+            f"and is {length} now: go on with the same, or begin anew"
+        )
+
+
 def frozen_steps(freeze_encoder_steps: float, num_training_steps: int) -> int:
     """Updates in which only the head is trained; below 1 the option is a share of the run, -1 is all of it."""
     if freeze_encoder_steps == -1:
@@ -162,7 +184,7 @@ def build_model(
     if model_args.is_from_scratch:
         config.objectives = None
         return model_class(config)
-    return model_class.from_pretrained(model_args.folder, config=config, dtype=torch.float32)
+    return model_class.from_pretrained(model_args.folder, config=config, dtype=torch.float32, use_safetensors=True)
 
 
 def choose_trained(

@@ -58,8 +58,9 @@ DESCRIPTION = """Pre-train a SpeechCL encoder on speech without transcripts.
   Two objectives on one encoder pass, options of one changed:
     python scripts/pretrain.py --objectives best_rq=1.0 wav2vec2=0.5 --objective_options best_rq.codebook_size=1024
   From a file, with one option changed; on all GPUs of a machine; a killed run goes on:
-    accelerate launch scripts/pretrain.py --config scripts/configs/gpu-1h.yaml --learning_rate 1e-3
-    accelerate launch scripts/pretrain.py --config scripts/configs/gpu-1h.yaml --resume_from_checkpoint last
+    accelerate launch scripts/pretrain.py --config scripts/configs/gpu-1h.yaml --corpus my_audio --max_steps 3500
+    accelerate launch scripts/pretrain.py --config scripts/configs/gpu-1h.yaml --corpus my_audio --max_steps 3500 \\
+      --resume_from_checkpoint last
   Views of an utterance against those of others; classes of a column of metadata, for a Prototypical network:
     python scripts/pretrain.py --objectives info_nce --view_augmentations gain=1 noise=0.5 --noise_corpus my_noise
     python scripts/pretrain.py --objectives prototypical --corpus my_audio --label_column speaker
@@ -98,7 +99,7 @@ def build_model(model_args: PretrainingModelArguments, units: Units | None = Non
     config = read_config(model_args.encoder, folder, objectives=objectives)
     # Objectives may have other options than those the folder was trained with: what no longer fits is drawn anew.
     return SpeechCLForPreTraining.from_pretrained(
-        folder, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+        folder, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, use_safetensors=True
     )
 
 
@@ -162,6 +163,13 @@ def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTrai
         )
     if data_args.noise_corpus and not corrupts and not model.comparing:
         raise ValueError("noise_corpus is for views and corrupted input: add --corrupt_input, or leave it out")
+    defaults = PretrainingDataArguments()
+    if not model.comparing:
+        for name in ("view_seconds", "view_augmentations"):
+            if getattr(data_args, name) != getattr(defaults, name):
+                raise ValueError(f"{name} is for objectives that compare clips: name one, or leave it out")
+    if data_args.label_column is None and data_args.clips_per_label != defaults.clips_per_label:
+        raise ValueError("clips_per_label is of label_column: name one, or leave it out")
     if data_args.label_column is not None and not model.comparing:
         raise ValueError(
             f"label_column={data_args.label_column!r} is for objectives that compare clips (info_nce, siamese, "
@@ -195,7 +203,7 @@ def build_collator(
     )
     noise = None
     if data_args.noise_corpus:
-        recordings = load_corpus(data_args.noise_corpus)
+        recordings = load_corpus(data_args.noise_corpus, audio_column=data_args.audio_column)
         noise = SpeechDataset(recordings, train.sampling_rate, max_seconds=data_args.max_seconds)
     if collator.num_views:
         collator.view_augmentation = build_augmentation("view_augmentations", data_args, train, noise)
@@ -318,6 +326,7 @@ def build_trainer(
             data_args.validation_fraction,
             data_args.train_split,
             data_args.validation_split,
+            scored_by=None if data_args.label_column is None else "label",
             audio_column=data_args.audio_column,
             label_column=data_args.label_column,
         )

@@ -31,14 +31,15 @@ class RandomState:
     """The state of the generators that dropout draws from, to draw the same again."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+        self.of_which = () if device.type == "mps" else (device,)  # there is one
         self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.on_device = None if self.accelerator is None else self.accelerator.get_rng_state(*self.of_which)
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+        if self.accelerator is not None:
+            self.accelerator.set_rng_state(self.on_device, *self.of_which)
 
 
 @dataclass

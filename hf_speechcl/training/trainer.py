@@ -148,9 +148,9 @@ class SpeechTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.is_resumed = bool(resume_from_checkpoint)
-        checkpoint = (
-            newest_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        )
+        if resume_from_checkpoint is True and (newest := newest_checkpoint(self.args.output_dir)):
+            resume_from_checkpoint = str(newest)  # transformers would take one that was not written to its end
+        checkpoint = None if resume_from_checkpoint is True else resume_from_checkpoint
         splits = {
             "train": (self.train_dataset, self.data_collator),
             "validation": (self.eval_dataset, self.eval_collator),

@@ -341,7 +341,8 @@ def first_update(args: Arguments) -> None:
     """Print the seconds of imports, and of scripts/pretrain.py to its first update."""
     print("| from the start of Python | seconds |")
     print("|---|---|")
-    python, environment = sys.executable, {**os.environ, "PYTHONPATH": str(ROOT)}
+    python = sys.executable
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
     for name, command in {
         "import torch": [python, "-c", "import torch"],
         "import hf_speechcl": [python, "-c", "import hf_speechcl"],
@@ -357,6 +358,8 @@ def first_update(args: Arguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             python, "scripts/pretrain.py", "--output_dir", folder, "--corpus", *args.corpus, "--encoder", args.encoder,
+            *(["--encoder_options", *args.encoder_options] if args.encoder_options else []),
+            "--objectives", *args.objectives, "--max_seconds_per_batch", str(args.max_seconds_per_batch),
             "--max_steps", "1000", "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True",
             *(["--use_cpu"] if args.device == "cpu" else []), *(["--bf16"] if args.bf16 else []),
         ]  # fmt: skip

@@ -281,7 +281,7 @@ def finetune(argv: list[str]) -> None:
     set_up_logging(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     keep_options(args, checkpoint, model_args, data_args)
-    corpora = load_corpora(data_args, text_column="text", require_text=True)
+    corpora = load_corpora(data_args, scored_by="text", text_column="text", require_text=True)
     texts = [apply_policy(TextPolicy(), corpus["text"])[0] for corpus in corpora]
     processor = build_processor([text for text in texts[0] if text], SAMPLING_RATE)
     processor.feature_extractor.do_normalize = True
