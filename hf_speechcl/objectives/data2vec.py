@@ -67,6 +67,7 @@ class Data2Vec(Objective):
         self.ema_decay_start, self.ema_decay_end, self.ema_anneal = ema_decay_start, ema_decay_end, ema_anneal
         self.decay = ema_decay_start
         self.teacher = SpeechCLModel(config) if config.model_type == "speechcl" else AutoModel.from_config(config)
+        self.teacher.requires_grad_(False)
         self.head = nn.Linear(config.hidden_size, config.hidden_size)
         self.register_buffer("begun", torch.empty((), dtype=torch.bool))
         self.knows_begun = False
