@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ParakeetTokenizer
 
+from hf_speechcl import text_policy
 from hf_speechcl.ctc import build_processor
 from hf_speechcl.decoding import DecodingArguments, Transcript, build_decoder, join_transcripts
 from hf_speechcl.language_model import LanguageModelArguments, estimate, main, read_words, text_policy_of
@@ -431,6 +432,7 @@ def test_build_lm_names_a_package_that_the_texts_of_the_model_need(config, tmp_p
     config.save_pretrained(tmp_path / "model")
     (tmp_path / "book.txt").write_text("7\n")
     monkeypatch.setitem(sys.modules, "num2words", None)
+    text_policy._number_speaker.cache_clear()
     options = ["--model", tmp_path / "model", "--text_files", tmp_path / "book.txt", "--output_file", tmp_path / "lm"]
     with pytest.raises(SystemExit, match="error: .*num2words"):
         main([*map(str, options)])

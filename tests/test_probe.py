@@ -407,7 +407,6 @@ def test_run_refuses_a_probe_that_cannot_be_before_it_reads_the_corpus(options, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--probe_layers", "1"], "probe_layers are for the clips of probe_corpus"),
         (["--probe_corpus", "demo", "--probe_clips", "1"], "probe_clips must be 2 at least"),
     ],
 )

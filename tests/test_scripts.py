@@ -87,7 +87,9 @@ def test_road_logs_what_a_run_is_judged_by(road):
 def test_options_of_the_collators_come_from_the_command_line(tmp_path):
     options = "--objectives best_rq siamese --mask_span 0.08 --mask_prob 0.3 --view_seconds 1.5".split()
     model, data, args = parse_arguments(
-        [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments], "", ["--use_cpu", *options]
+        [PretrainingModelArguments, PretrainingDataArguments, SpeechTrainingArguments],
+        "",
+        ["--use_cpu", "--output_dir", str(tmp_path), *options],
     )
     collator = pretrain.build_trainer(model, data, args).data_collator
     assert (collator.mask_span, collator.mask_prob, collator.max_view_samples) == (2, 0.3, 24000)

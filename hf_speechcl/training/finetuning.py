@@ -140,7 +140,7 @@ class FineTuningArguments(SpeechTrainingArguments):
 
 def check_frozen_share(args: FineTuningArguments, checkpoint: str | None) -> None:
     """Refuse to go on with a run of another length, where the encoder is frozen for a share of it: it may be trained
-    already, and would be frozen again.
+    already, and would be frozen again. Lengths in epochs are compared as whole ones, which checkpoints tell.
 
     Raises:
         ValueError: names both lengths.

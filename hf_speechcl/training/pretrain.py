@@ -126,8 +126,9 @@ def check_units(units: Units | None, folder: str) -> None:
         units.fill((SpeechCLConfig.from_pretrained(folder).objectives or {}).get("hubert", {}), folder)
 
 
-def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTraining) -> None:
-    """Refuse options of views, corruptions and labels that no run can have, before any audio is read."""
+def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTraining, is_new: bool = True) -> None:
+    """Refuse options of views, corruptions and labels that no run can have, before any audio is read; of a new run also
+    those without effect."""
     for field in ("view_augmentations", "corruptions"):
         probabilities = parse_assignments(getattr(data_args, field), field)
         check_probabilities(probabilities, field)
@@ -164,11 +165,11 @@ def check_options(data_args: PretrainingDataArguments, model: SpeechCLForPreTrai
     if data_args.noise_corpus and not corrupts and not model.comparing:
         raise ValueError("noise_corpus is for views and corrupted input: add --corrupt_input, or leave it out")
     defaults = PretrainingDataArguments()
-    if not model.comparing:
+    if is_new and not model.comparing:
         for name in ("view_seconds", "view_augmentations"):
             if getattr(data_args, name) != getattr(defaults, name):
                 raise ValueError(f"{name} is for objectives that compare clips: name one, or leave it out")
-    if data_args.label_column is None and data_args.clips_per_label != defaults.clips_per_label:
+    if is_new and data_args.label_column is None and data_args.clips_per_label != defaults.clips_per_label:
         raise ValueError("clips_per_label is of label_column: name one, or leave it out")
     if data_args.label_column is not None and not model.comparing:
         raise ValueError(
@@ -311,7 +312,7 @@ def build_trainer(
     model = build_model(model_args, units)
     if checkpoint is not None:
         check_units(units, checkpoint)
-    check_options(data_args, model)
+    check_options(data_args, model, is_new=checkpoint is None)
     config = model.config
     probe_args = probe_args or ProbeArguments()
     with args.main_process_first(desc="loading the corpus of the probe"):

@@ -18,7 +18,6 @@ different architectures with encoders of the same width, depth and heads.
 """
 
 import multiprocessing
-import resource
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -45,7 +44,7 @@ from hf_speechcl import OBJECTIVES, SpeechCLConfig, SpeechDataset, load_corpus  
 from hf_speechcl.command_line import option, parse_arguments  # noqa: E402
 from hf_speechcl.configuration_speechcl import SIZES  # noqa: E402
 from hf_speechcl.data.audio import read_audio  # noqa: E402
-from hf_speechcl.machine import describe_machine  # noqa: E402
+from hf_speechcl.machine import describe_machine, peak_memory  # noqa: E402
 from hf_speechcl.objectives import UtteranceObjective  # noqa: E402
 from hf_speechcl.pretraining import SpeechCLForPreTraining  # noqa: E402
 from hf_speechcl.training.arguments import PretrainingDataArguments, parse_config_options  # noqa: E402
@@ -186,7 +185,7 @@ def work(job: Job, args: Arguments, audio: np.ndarray, connection: Connection) -
         device = torch.device(args.device)
         warm = nn.Linear(8, 8).to(device)  # loads what torch loads with the first step
         warm(torch.ones(8, 8, device=device)).sum().backward()
-        baseline = peak_mib(device)
+        baseline = peak_memory(device)
         if job.model == MATMUL:
             step, about, flops = build_matmul(job, device)
         else:
@@ -194,15 +193,9 @@ def work(job: Job, args: Arguments, audio: np.ndarray, connection: Connection) -
         connection.send((about, flops, baseline))
         while (at_least := connection.recv()) is not None:
             connection.send(time_steps(step, at_least, device))
-        connection.send(peak_mib(device))
+        connection.send(peak_memory(device))
     except Exception as error:
         connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-def peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def time_steps(step, at_least: float, device: torch.device) -> list[float]:
