@@ -70,6 +70,22 @@ def test_road_leaves_models_cards_curves_and_scores(road):
     assert re.search(r"WER \d+\.\d% +\(95% interval", road["evaluate"].stdout)
 
 
+@pytest.mark.parametrize("has_ngram", [False, True])
+def test_summary_of_the_quickstart_tells_scores_transcripts_and_what_is_next(road, tmp_path, has_ngram):
+    shutil.copytree(road["folder"] / "encoder", tmp_path / "encoder")
+    for name in ("recognizer", "scratch"):
+        shutil.copytree(road["folder"] / "ctc", tmp_path / name)
+        for file in ("test", *(["test-ngram"] if has_ngram else [])):
+            shutil.copy(road["folder"] / "test.json", tmp_path / name / f"{file}.json")
+    printed = run_script("quickstart_summary.py", tmp_path, "61.2").stdout
+    wer = json.loads((road["folder"] / "test.json").read_text())["wer"]
+    assert len(re.findall(rf"(?m)^(?:pre-trained|from scratch).* {wer:.1%} \[", printed)) == (4 if has_ngram else 2)
+    assert len(re.findall(r"(?m)^    reference   \w+", printed)) == 3
+    assert ("with n-gram" in printed) == has_ngram
+    assert "Time: 61 s" in printed
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_road_logs_what_a_run_is_judged_by(road):
     history = json.loads((road["folder"] / "encoder" / "trainer_state.json").read_text())["log_history"]
     keys = set().union(*history)

@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_speechcl import SpeechCLModel
 from hf_speechcl.__main__ import COMMANDS
+from hf_speechcl.__main__ import main as run_command
 from hf_speechcl.ctc import build_processor
 from hf_speechcl.data.audio import AudioError, read_audio
 from hf_speechcl.decoding import DecodingArguments, Transcript, Word
@@ -351,6 +352,19 @@ def test_every_command_has_a_main():
 
     for module, _ in COMMANDS.values():
         assert callable(import_module(f"hf_speechcl.{module}").main)
+
+
+def test_commands_of_the_package_are_listed_and_take_their_options(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hf_speechcl"])
+    run_command()
+    assert all(name in capsys.readouterr().out for name in ("transcribe", "build-lm"))
+    monkeypatch.setattr("sys.argv", ["hf_speechcl", "build-lm", "--order", "9", "--corpus", "demo"])
+    with pytest.raises(SystemExit):
+        run_command()
+    assert "order must be 2 to 6, found 9" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["hf_speechcl", "trancribe"])
+    with pytest.raises(SystemExit, match="error: no command 'trancribe'"):
+        run_command()
 
 
 def test_a_build_for_an_accelerator_that_is_not_there_computes_on_the_processor(monkeypatch):
