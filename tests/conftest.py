@@ -38,6 +38,19 @@ except ImportError:
 
 needs_lm = pytest.mark.skipif(pyctcdecode is None, reason="the extra lm is not installed")
 ROOT = Path(__file__).resolve().parents[1]
+SENTENCES = [
+    line.split()
+    for line in (
+        "the cat sat on the mat",
+        "the dog sat on the cat",
+        "a cat sat",
+        "the mat",
+        "a dog and a cat and the mat",
+        "the cat sat on a dog",
+        "on the mat sat the dog",
+        "and",
+    )
+]  # of an n-gram
 os.environ["PYTHONPATH"] = str(ROOT)  # scripts run in processes of their own test this checkout, not an installed one
 TINY = {
     "hidden_size": 32,
