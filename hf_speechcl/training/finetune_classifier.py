@@ -186,23 +186,21 @@ def write_classifier_card(
 ) -> None:
     """Write the model card of a classifier beside it."""
     args, config = trainer.args, trainer.model.config
-    base_model = None if model_args.is_from_scratch else model_args.model
-    origin = "from scratch" if base_model is None else f"from `{source_name(base_model)}`"
     names = [config.id2label[number] for number in range(config.num_labels)]
     listed = ", ".join(f"`{name}`" for name in names[:30]) + (" …" if len(names) > 30 else "")
     write_card(
         folder,
         config=config,
         title=f"SpeechCL classifier ({data_args.label_column})",
-        summary=f"A classifier of speech clips trained {origin} by hf_speechcl. It tells {len(names)} classes apart: "
-        f"{listed}.",
+        summary=f"A classifier of speech clips trained {model_args.origin} by hf_speechcl. It tells {len(names)} classes "
+        f"apart: {listed}.",
         usage=USE_CLASSIFIER,
         tags=["audio-classification"],
         pipeline_tag="audio-classification",
         sources=data_args.corpus,
         methods=methods_of(config.objectives),
         args=args,
-        base_model=base_model,
+        base_model=model_args.base_model,
         eval_results=[
             EvalResult(
                 task_type="audio-classification",
@@ -227,7 +225,8 @@ def write_classifier_card(
         training=f"{describe_finetuning(trainer, model_args, data_args)} " + describe_run(trainer, runtime_seconds),
         results="On the validation clips, with bootstrap 95% intervals (`_low`, `_high`); `majority` is the accuracy "
         f"of always naming the most frequent class, chance is {1 / len(names):.3g}.\n\n" + metrics_table(metrics),
-        limits=describe_limits(trainer.train_dataset.hours, base_model) + " It names one of its classes for any sound.",
+        limits=describe_limits(trainer.train_dataset.hours, model_args.base_model)
+        + " It names one of its classes for any sound.",
     )
 
 

@@ -190,8 +190,6 @@ def write_recognizer_card(
     """Write the model card of a fine-tuned model beside it. The first `num_true` of its training clips have true
     transcripts."""
     args, config, tokenizer = trainer.args, trainer.model.config, trainer.processing_class.tokenizer
-    base_model = None if model_args.is_from_scratch else model_args.model
-    origin = "from scratch" if base_model is None else f"from `{source_name(base_model)}`"
     tokens = sorted(set(tokenizer.get_vocab()) - {BLANK, UNKNOWN, WORD_DELIMITER})
     kind = "characters" if all(len(token) == 1 for token in tokens) else "pieces"
     # transformers' pipeline has timestamps of characters and words only where the vocabulary is of characters.
@@ -213,14 +211,14 @@ def write_recognizer_card(
         folder,
         config=config,
         title="SpeechCL speech recogniser (CTC)",
-        summary=f"A CTC speech recogniser trained {origin} by hf_speechcl. It writes text of {letters}.",
+        summary=f"A CTC speech recogniser trained {model_args.origin} by hf_speechcl. It writes text of {letters}.",
         usage=usage,
         tags=["automatic-speech-recognition", "ctc"],
         pipeline_tag="automatic-speech-recognition",
         sources=[*data_args.corpus, *data_args.pseudo_labels],
         methods=[*methods_of(config.objectives), "ctc", *(["pseudo_labels"] if pseudo_labels else [])],
         args=args,
-        base_model=base_model,
+        base_model=model_args.base_model,
         eval_results=error_rate_results(
             {
                 "corpus": [source_name(source) for source in data_args.corpus],
@@ -238,7 +236,7 @@ def write_recognizer_card(
         + describe_run(trainer, runtime_seconds),
         results="On the validation clips; error rates are shares, with bootstrap 95% intervals "
         "(`_low`, `_high`):\n\n" + metrics_table(metrics) + "\n\nError rates with 95% intervals over clips:",
-        limits=describe_limits(trainer.train_dataset.hours, base_model)
+        limits=describe_limits(trainer.train_dataset.hours, model_args.base_model)
         + " It writes what it was taught to write, without a language model, and makes up words where speech is "
         "unclear: do not rely on it where an error does harm.",
     )

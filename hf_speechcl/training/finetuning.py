@@ -64,6 +64,16 @@ class FineTuningModelArguments:
     def is_from_scratch(self) -> bool:
         return self.from_scratch or self.model in SIZES
 
+    @property
+    def base_model(self) -> str | None:
+        """The model whose weights it begins with."""
+        return None if self.is_from_scratch else self.model
+
+    @property
+    def origin(self) -> str:
+        """What its weights began as, in words."""
+        return "from scratch" if self.is_from_scratch else f"from `{source_name(self.model)}`"
+
 
 @dataclass
 class RegularizationArguments:
@@ -222,8 +232,7 @@ def describe_finetuning(trainer: "FineTuningTrainer", model_args: FineTuningMode
     """
     args, num_updates = trainer.args, trainer.state.max_steps
     frozen = frozen_steps(args.freeze_encoder_steps, num_updates)
-    origin = "from scratch" if model_args.is_from_scratch else f"from `{source_name(model_args.model)}`"
-    parts = [f"Trained {origin}; learning rate of the head {args.head_learning_rate:g}"]
+    parts = [f"Trained {model_args.origin}; learning rate of the head {args.head_learning_rate:g}"]
     if model_args.lora_rank:
         targets = ", ".join(model_args.lora_targets)
         parts.append(f"adapters of rank {model_args.lora_rank} (LoRA) at {targets}, merged into the weights")
