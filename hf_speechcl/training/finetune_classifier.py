@@ -192,8 +192,8 @@ def write_classifier_card(
         folder,
         config=config,
         title=f"SpeechCL classifier ({data_args.label_column})",
-        summary=f"A classifier of speech clips trained {model_args.origin} by hf_speechcl. It tells {len(names)} classes "
-        f"apart: {listed}.",
+        summary=f"A classifier of speech clips trained {model_args.origin} by hf_speechcl. It tells {len(names)} "
+        f"classes apart: {listed}.",
         usage=USE_CLASSIFIER,
         tags=["audio-classification"],
         pipeline_tag="audio-classification",
