@@ -5,6 +5,7 @@ import yaml
 from tests.conftest import ROOT, TINY
 
 YAML = ROOT / "scripts/benchmarks/objectives.yaml"
+TUNED = ROOT / "scripts/benchmarks/tuned.yaml"
 MINUTES = "0.1"
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hf_speechcl import load_corpus
-from tests.comparison import MINUTES, YAML, small_config
+from tests.comparison import MINUTES, TUNED, YAML, small_config
 
 
 def ids(corpus, split="train"):
@@ -309,6 +309,13 @@ def test_kept_rows_are_of_the_recipes_of_the_yaml(scripts, tmp_path):
     config = scripts.recipes.read_config(YAML)
     chains = plan(scripts, config, tmp_path, rows, arms=arms, seeds=[0, 1, 2])
     assert [chain.sizes for chain in chains] == 9 * [[]]
+
+
+def test_tuned_fine_tuning_begins_with_the_encoders_of_the_comparison(scripts):
+    tuned, config = (scripts.recipes.read_config(file) for file in (TUNED, YAML))
+    for arm in tuned["arms"]:
+        hashes = {scripts.recipes.build_recipe(one, "T1", arm, ["3"]).pretraining_hash() for one in (tuned, config)}
+        assert len(hashes) == 1
 
 
 def test_each_arm_is_held_against_scratch_with_its_own_budget(scripts):
