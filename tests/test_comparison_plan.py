@@ -311,6 +311,13 @@ def test_kept_rows_are_of_the_recipes_of_the_yaml(scripts, tmp_path):
     assert [chain.sizes for chain in chains] == 9 * [[]]
 
 
+def test_kept_rows_with_tuned_fine_tuning_are_of_the_recipes_of_their_yaml(scripts, tmp_path):
+    rows = scripts.processes.Results(YAML.parent / "comparison_tuned/results.parquet").rows()
+    config = scripts.recipes.read_config(TUNED)
+    chains = plan(scripts, config, tmp_path, rows, arms=["scratch", "hubert+best_rq"], seeds=[0, 1, 2], labels=["3"])
+    assert [chain.sizes for chain in chains] == 6 * [[]]
+
+
 def test_tuned_fine_tuning_begins_with_the_encoders_of_the_comparison(scripts):
     tuned, config = (scripts.recipes.read_config(file) for file in (TUNED, YAML))
     for arm in tuned["arms"]:
